@@ -1,0 +1,281 @@
+"""Attention handles: the chosen kernels of one request, bound."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from hal_ops import is_fp8, torch_dtype
+from hal_ops.attention import AttentionRequest, Step
+
+from hal import _inputs, _kv_cache
+from hal._kernel import Band
+from hal._kv_cache import KVCache
+from hal._plan import Buffers, Plan, make_step
+from hal._selection import Selection
+from hal.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Attention"]
+
+
+class Attention:
+    """Attention for one request on one device. Made by :func:`hal.get_attention`; holds bound functions only.
+
+    ``request`` is the decided request, ``device`` the device, ``selection`` the decision with every reason.
+    """
+
+    def __init__(
+        self,
+        selection: Selection,
+        implementations: Mapping[str, Any],
+        write_selection: Selection | None,
+        write: Any,
+        *,
+        debug_checks: bool,
+    ) -> None:
+        assert isinstance(selection.request, AttentionRequest)
+        self.selection = selection
+        self.request: AttentionRequest = selection.request
+        self.device = selection.device
+        self._write_selection = write_selection
+        self._implementations = dict(implementations)
+        self._prefill = implementations.get("prefill")
+        self._write = write
+        self._debug_checks = debug_checks
+        self._torch_device = selection.device.torch_device()
+        self._device_index = -1 if self._torch_device.index is None else self._torch_device.index
+        self._dtype = torch_dtype(self.request.dtype)
+        self._seen: tuple[Any, Any, Any] = (None, None, None)
+        self._plain = self._prefill is not None and not (self.request.sinks or self.request.alibi)
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor | None = None,
+        v: Tensor | None = None,
+        *,
+        cache: KVCache | None = None,
+        plan: Plan | None = None,
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
+        max_seqlen_q: int | None = None,
+        max_seqlen_k: int | None = None,
+        sinks: Tensor | None = None,
+        alibi_slopes: Tensor | None = None,
+        return_lse: bool = False,
+    ) -> Any:
+        """Attend.
+
+        Without ``cache`` and ``plan``, over fresh keys: dense q ``[batch, q_len, num_q_heads, head_dim]`` with k, v
+        ``[batch, kv_len, num_kv_heads, dim]``; or ragged ``[tokens, heads, dim]`` with int32 ``cu_seqlens_q`` and
+        ``cu_seqlens_k`` ``[batch + 1]`` in tokens (``max_seqlen_*``, host numbers, spare a synchronisation).
+
+        With ``cache`` and ``plan``: q, k, v ragged; k and v are this step's and are written to the cache. Without k and
+        v they are taken to be there already.
+
+        Args:
+            sinks: float32 ``[num_q_heads]``, if the request has ``sinks=True``.
+            alibi_slopes: float32 ``[num_q_heads]``, if the request has ``alibi=True``.
+            return_lse: also return the natural-log LSE, float32 ``[..., num_q_heads]``, if the request has it.
+
+        Returns:
+            The output in q's shape (with ``v_head_dim``) and dtype, or ``(output, lse)``.
+
+        Raises:
+            InputError: an argument that does not fit, before anything is written.
+            PlanMismatchError: the plan was made by another handle.
+        """
+        if (
+            self._plain
+            and cu_seqlens_q is None
+            and plan is None
+            and k is not None
+            and v is not None
+            and (q.shape, k.shape, v.shape) == self._seen
+            and q.dtype is k.dtype is v.dtype is self._dtype
+            and q.get_device() == k.get_device() == v.get_device() == self._device_index
+            and not return_lse
+            and sinks is None
+            and alibi_slopes is None
+            and cache is None
+            and cu_seqlens_k is None
+        ):
+            return self._prefill(q, k, v)  # type: ignore[misc]
+        extras = _inputs.check_extras(self, sinks, alibi_slopes, return_lse)
+        if plan is not None or cache is not None:
+            _inputs.check_no_lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+            return self._run_step(q, k, v, cache, plan, extras)
+        if k is None or v is None:
+            raise InputError("k and v are missing: give them, or a cache and a plan")
+        if cu_seqlens_q is None and cu_seqlens_k is None:
+            _inputs.check_dense(self, q, k, v)
+            self._seen = (q.shape, k.shape, v.shape)
+            return self._fresh()(q, k, v, **extras)
+        lengths = _inputs.check_ragged(self, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        return self._fresh()(q, k, v, **lengths, **extras)
+
+    def _fresh(self) -> Any:
+        if self._prefill is None:
+            raise InputError(
+                f"this handle was made for {', '.join(self._implementations)}: ask for phases=('prefill', ...) too"
+            )
+        return self._prefill
+
+    def _run_step(
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        cache: KVCache | None,
+        plan: Plan | None,
+        extras: dict[str, Any],
+    ) -> Any:
+        if plan is None or cache is None:
+            raise InputError(f"{'plan' if plan is None else 'cache'} is missing: a step takes both a cache and a plan")
+        plan.check_owner(self)
+        if cache._checked_by is not self:
+            _inputs.check_cache(self, cache)
+            cache._checked_by = self
+        _inputs.check_step(self, q, k, v, plan)
+        step = plan._step
+        if self._debug_checks:
+            _inputs.check_pages(step, cache)
+        if k is None or v is None:
+            run, payload = plan._paged()
+            return run(q, cache.k, cache.v, step, payload, k_scale=cache.k_scale, v_scale=cache.v_scale, **extras)
+        if plan.write == "before":
+            self._write(k, v, cache.k, cache.v, step.slot_mapping, k_scale=cache.k_scale, v_scale=cache.v_scale)
+            return plan._run(
+                q, cache.k, cache.v, step, plan._payload, k_scale=cache.k_scale, v_scale=cache.v_scale, **extras
+            )
+        out = plan._run(
+            q, k, v,
+            cu_seqlens_q=step.cu_seqlens_q, cu_seqlens_k=step.cu_seqlens_q,
+            max_seqlen_q=step.max_q_len, max_seqlen_k=step.max_q_len, **extras,
+        )  # fmt: skip
+        self._write(k, v, cache.k, cache.v, step.slot_mapping, k_scale=cache.k_scale, v_scale=cache.v_scale)
+        return out
+
+    def plan(
+        self,
+        *,
+        q_lens: Any,
+        kv_lens: Any,
+        block_table: Any,
+        max_batch: int | None = None,
+        max_tokens: int | None = None,
+        max_pages: int | None = None,
+    ) -> Plan:
+        """The plan of one step, for every layer that uses this handle.
+
+        Args:
+            q_lens: query tokens a row in this step. kv_lens: tokens a row in the cache after the step.
+            block_table: page indices, ``[batch, max_pages]``; entries past a row's last page may hold anything.
+                Each may be a sequence, a host tensor or a device tensor; with host lengths nothing synchronises.
+            max_batch, max_tokens, max_pages: make a plan of this size whose buffers stay (``plan.update(...)``).
+                ``max_tokens`` defaults to ``max_batch * max_q_len``, ``max_pages`` to the table's width.
+
+        Raises:
+            InputError: lengths that disagree, a table too small, or a step that none of the handle's phases serves.
+        """
+        step = make_step(q_lens, kv_lens, block_table, self._page_size(), self._torch_device)
+        phase, write = self._route(step)
+        buffers = None
+        if max_batch is not None:
+            tokens = max_tokens or max_batch * self.request.max_q_len
+            buffers = Buffers(max_batch, tokens, max_pages or max(1, step.block_table.shape[1]), self._torch_device)
+            step = buffers.fill(step)
+        elif max_tokens is not None or max_pages is not None:
+            raise InputError("max_tokens and max_pages go with max_batch")
+        payload = None if phase == "prefill" else self._implementations[phase].plan(step)
+        return Plan(self, step, phase, write, payload, buffers)
+
+    def _page_size(self) -> int:
+        if not isinstance(self.request.page_size, int) or self._write is None:
+            raise InputError(
+                f"this handle was made for {', '.join(self._implementations)} and has no cache: ask for more phases"
+            )
+        return self.request.page_size
+
+    def _route(self, step: Step) -> tuple[str, str]:
+        """The phase that serves a step, and when its k and v are written."""
+        has = self._implementations
+        longest = step.max_q_len
+        if "decode" in has and longest <= self.request.max_q_len and all(n == longest for n in step.q_lens):
+            return "decode", "before"
+        if step.q_lens == step.kv_lens_host and "prefill" in has and ("extend" not in has or self._postwrite_pays()):
+            return "prefill", "after"
+        if "extend" in has:
+            return "extend", "before"
+        raise InputError(
+            f"no phase of this handle ({', '.join(has)}) serves the step: its rows have q_lens up to {longest}, of "
+            f"prefixes or of different lengths; decode serves equal q_lens up to {self.request.max_q_len} (max_q_len). "
+            "Ask for the extend phase, or for a larger max_q_len"
+        )
+
+    def _postwrite_pays(self) -> bool:
+        kernel = self.selection.choices["prefill"].kernel
+        return kernel is not None and kernel.band >= Band.PERFORMANT and not is_fp8(self.request.kv_dtype)
+
+    def _refill(self, plan: Plan, q_lens: Any, kv_lens: Any, block_table: Any) -> None:
+        assert plan._buffers is not None
+        step = make_step(q_lens, kv_lens, block_table, self._page_size(), self._torch_device)
+        if self._route(step) != (plan.phase, plan.write):
+            raise InputError(
+                f"the plan is for the {plan.phase} phase, and this step takes {self._route(step)[0]}: make another plan"
+            )
+        plan._step = plan._buffers.fill(step)
+        if plan.phase == "prefill":
+            plan._payload = None
+            return
+        implementation = self._implementations[plan.phase]
+        update = getattr(implementation, "update", None)
+        plan._payload = implementation.plan(plan._step) if update is None else update(plan._step, plan._payload)
+
+    def allocate_kv_cache(self, num_pages: int, *, k_scale: Any = None, v_scale: Any = None) -> KVCache:
+        """A zero-filled cache for one layer, in this request's page size, layout and format.
+
+        Args:
+            num_pages: pages.
+            k_scale, v_scale: for FP8 caches, a number, or ``[num_kv_heads]`` with ``kv_scale="head"``.
+
+        Raises:
+            InputError: a scale for a cache that has none, or of the wrong size.
+        """
+        self._page_size()
+        if is_fp8(self.request.kv_dtype) and self.request.kv_scale == "head":
+            ones = [1.0] * self.request.num_kv_heads
+            k_scale, v_scale = ones if k_scale is None else k_scale, ones if v_scale is None else v_scale
+        cache = _kv_cache.allocate(self.request, num_pages, self._torch_device, k_scale, v_scale)
+        _inputs.check_cache(self, cache)
+        return cache
+
+    def explain(self) -> str:
+        """Why these kernels, and why not each of the others."""
+        texts = [self.selection.explain()]
+        if self._write_selection is not None:
+            texts.append(self._write_selection.explain())
+        return "\n\n".join(texts)
+
+    def receipt(self) -> dict[str, Any]:
+        """The decision as JSON-ready data; see :func:`hal.write_lock`."""
+        return self.selection.receipt()
+
+    def kernels(self) -> dict[str, str]:
+        """Phase to the name of its kernel; ``"write"`` is the cache write."""
+        names = {p: name for p, name in self.selection.kernels().items() if name is not None}
+        if self._write_selection is not None:
+            names.update(write=str(self._write_selection.kernels()["call"]))
+        return names
+
+    def __repr__(self) -> str:
+        names = ", ".join(f"{p} {name}" for p, name in self.kernels().items())
+        return f"<hal.Attention of {self.request.describe()} on {self.device.id}: {names}>"
+
+
+def check_needs_cache(request: AttentionRequest) -> bool:
+    """Whether any phase of the request uses a cache."""
+    return bool({"extend", "decode"} & set(request.phases or ()))

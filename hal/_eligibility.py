@@ -1,0 +1,202 @@
+"""Eligibility: every reason why a kernel cannot serve a request on a device.
+
+One function, :func:`why_not`, answers for selection, errors, ``hal explain``, tables and tests. An empty list is a yes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from hal_ops import AUTO, Request
+
+from hal._device import Device
+from hal._errata import Erratum
+from hal._kernel import Band, Kernel, Needs
+from hal._ledger import Ledger, Row
+from hal._libraries import installed
+from hal._reason import Reason
+from hal._registry import Registry
+from hal._settings import Settings
+from hal._version import Version
+
+__all__ = ["Circumstances", "why_not"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Circumstances:
+    """What a decision depends on beside the request and the kernel."""
+
+    device: Device
+    registry: Registry
+    settings: Settings
+    ledger: Ledger
+    broken: dict[str, Reason] = dataclasses.field(default_factory=dict)
+    """Kernels that failed to import or to be constructed in this process."""
+
+    def ledger_row(self, kernel: Kernel, request: Request) -> Row | None:
+        """The ledger's row for this kernel here; nothing is verified on a simulated device."""
+        return None if self.device.simulated else self.ledger.find(kernel, request, self.device)
+
+
+def why_not(kernel: Kernel, request: Request, around: Circumstances) -> list[Reason]:
+    """All reasons, hardware and installation before the request's fields. Fields left open are not judged."""
+    return [
+        *_known_bad(kernel, request, around),
+        *_on_record(kernel, request, around),
+        *_settings_say(kernel, around),
+        *_hardware(kernel, around),
+        *_libraries(kernel, around),
+        *_fields(kernel, request),
+        *(kernel.check(request, around.device) if kernel.check else ()),
+    ]
+
+
+def _known_bad(kernel: Kernel, request: Request, around: Circumstances) -> Iterator[Reason]:
+    for erratum in errata_for(kernel, request, around):
+        if erratum.severity != "slow":
+            yield erratum.reason()
+
+
+def errata_for(kernel: Kernel, request: Request, around: Circumstances) -> tuple[Erratum, ...]:
+    """The errata that speak about this kernel here."""
+    return tuple(e for e in around.registry.errata if e.matches(kernel, request, around.device))
+
+
+def _on_record(kernel: Kernel, request: Request, around: Circumstances) -> Iterator[Reason]:
+    if kernel.name in around.broken:
+        yield around.broken[kernel.name]
+    row = around.ledger_row(kernel, request)
+    if row is not None and row.status == "failed":
+        text = f"it failed verification on this device on {row.date}: {row.detail}"
+        yield Reason("quarantined", text, remedy=f"`hal verify --kernel {kernel.name}` tries again")
+    elif around.settings["verify"] == "require" and row is None and kernel.band != Band.REFERENCE:
+        text = f"{around.settings.value('verify').source} requires verified kernels, and this one is only claimed here"
+        yield Reason("unverified", text, field="setting", remedy=f"`hal verify --kernel {kernel.name}`")
+
+
+def _settings_say(kernel: Kernel, around: Circumstances) -> Iterator[Reason]:
+    disabled = around.settings.value("disable")
+    for name in disabled.value:
+        if kernel.answers_to(name):
+            yield Reason(
+                "disabled_by_env", f"{disabled.source} disables {name}", field="setting", remedy="take it out there"
+            )
+    if kernel.band == Band.REFERENCE and around.settings["strict"]:
+        source = around.settings.value("strict").source
+        yield Reason("not_strict", f"{source} forbids the slow reference kernels", field="setting")
+
+
+def _hardware(kernel: Kernel, around: Circumstances) -> Iterator[Reason]:
+    device = around.device
+    if device.unusable:
+        yield Reason("runtime_missing", device.unusable, field="device")
+    if kernel.platforms and device.platform not in kernel.platforms:
+        platforms = " or ".join(kernel.platforms)
+        yield Reason(
+            "wrong_vendor", f"for {platforms} only; this is {device.platform}", "device", device.platform, platforms
+        )
+        return
+    yield from _arch(kernel, around)
+    yield from _version(kernel, "runtime", _runtime_name(around), kernel.runtime, device.runtime)
+    yield from _version(kernel, "driver", "driver", kernel.driver, device.driver)
+    for name in sorted(kernel.capabilities - device.capabilities):
+        yield Reason("capability_missing", f"{device.arch.name} has no {name}", "device", device.arch.name, name)
+
+
+def _runtime_name(around: Circumstances) -> str:
+    platform = around.registry.platforms.get(around.device.platform)
+    return "runtime" if platform is None else platform.runtime_name
+
+
+def _arch(kernel: Kernel, around: Circumstances) -> Iterator[Reason]:
+    arch = around.device.arch
+    archs = kernel.platforms.get(around.device.platform)
+    if archs is not None:
+        code = archs.refusal(arch, around.registry.platforms[around.device.platform].parse_arch)
+        if code:
+            yield Reason(code, f"needs {archs.words()}; this is {arch.name}", "device", arch.name, archs.words())
+    built = kernel.built_archs() if kernel.built_archs else None
+    if built is not None and arch.name not in built:
+        listed = ", ".join(sorted(built))
+        yield Reason(
+            "build_lacks_arch", f"the installed build is for {listed}, not for {arch.name}", "device", arch.name, listed
+        )
+
+
+def _version(kernel: Kernel, field: str, name: str, wanted: str, found: Version) -> Iterator[Reason]:
+    if not wanted:
+        return
+    verdict = found.satisfies(wanted)
+    if verdict is None:
+        yield Reason(
+            "version_unknown",
+            f"needs {name} {wanted}; the version here is unknown ({found.reason})",
+            field,
+            "unknown",
+            wanted,
+        )
+    elif not verdict:
+        yield Reason(f"{field}_too_old", f"needs {name} {wanted}; this is {found}", field, str(found), wanted)
+
+
+def _libraries(kernel: Kernel, around: Circumstances) -> Iterator[Reason]:
+    for needs in kernel.needs:
+        versions = [v for v in (installed(name) for name in needs.names()) if v is not None]
+        if not versions:
+            yield Reason(
+                "not_installed", f"{needs.library} is not installed", "library", "", needs.versions, _install(needs)
+            )
+        elif needs.versions:
+            yield from _library_version(needs, versions[0])
+
+
+def _library_version(needs: Needs, found: Version) -> Iterator[Reason]:
+    verdict = found.satisfies(needs.versions)
+    if verdict:
+        return
+    if verdict is None:
+        code, text = "version_unknown", f"the version of {needs.library} is unknown ({found.reason})"
+    else:
+        code = "version_too_old" if _below(found, needs.versions) else "version_too_new"
+        text = f"needs {needs.library} {needs.versions}; {found} is installed"
+    because = f" ({needs.because})" if needs.because else ""
+    yield Reason(code, text + because, "library", str(found), needs.versions, _install(needs))
+
+
+def _below(found: Version, wanted: str) -> bool:
+    """Whether a version fails because of a lower bound."""
+    lower = ",".join(part for part in wanted.split(",") if part.strip().startswith((">", "~=", "==")))
+    bounds = [Version.parse(part.strip().lstrip(">=~ ")) for part in lower.split(",") if part]
+    return any(found < bound for bound in bounds) or (bool(lower) and found.satisfies(lower) is False)
+
+
+def _install(needs: Needs) -> str:
+    return needs.install or f"`pip install '{needs.library}{needs.versions}'`"
+
+
+def _fields(kernel: Kernel, request: Request) -> Iterator[Reason]:
+    rules = request.rules()
+    for name, rule in rules.items():
+        value = getattr(request, name)
+        if not rule.applies(kernel.phase) or value == AUTO:
+            continue
+        if name in kernel.fields:
+            if not kernel.fields[name].admits(value, request):
+                yield _not_allowed(kernel, name, value, rule.code)
+        elif not request.is_neutral(name):
+            text = f"{name} {_shown(value)}: {kernel.name} does not declare it".replace(" True", "")
+            yield Reason(rule.code, text, name, _shown(value))
+    for name in request.derived:
+        if name in kernel.fields and not kernel.fields[name].admits(getattr(request, name), request):
+            yield _not_allowed(kernel, name, getattr(request, name), "feature_unsupported")
+
+
+def _not_allowed(kernel: Kernel, name: str, value: Any, code: str) -> Reason:
+    allowed = kernel.fields[name].allowed()
+    return Reason(code, f"{name} {_shown(value)}; needs {allowed}", name, _shown(value), allowed)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,252 @@
+"""The front doors: ``get_attention``, ``get_attentions`` and ``get_op``."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hal_ops import AUTO, Request
+from hal_ops.attention import AttentionRequest
+from hal_ops.kv_cache import KvCacheWriteRequest
+
+from hal import _devices, _libraries, _plugins, _selection, _settings, _simulate
+from hal._attention import Attention, check_needs_cache
+from hal._bind import bind
+from hal._selection import Selection
+from hal.errors import InputError, did_you_mean
+
+__all__ = ["BoundOp", "get_attention", "get_attentions", "get_op", "receipts"]
+
+_handles: dict[Any, Any] = {}
+_receipts: dict[tuple[str, str, str], dict[str, Any]] = {}
+_lock = threading.RLock()
+
+
+def get_attention(
+    *,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    v_head_dim: int | None = None,
+    dtype: Any = "bfloat16",
+    kv_dtype: Any = AUTO,
+    causal: bool = True,
+    window: Any = None,
+    softcap: float | None = None,
+    sinks: bool = False,
+    alibi: bool = False,
+    softmax_scale: float | None = None,
+    page_size: int | str = AUTO,
+    kv_layout: str = AUTO,
+    kv_scale: str = "tensor",
+    max_q_len: int = 1,
+    return_lse: bool = False,
+    deterministic: bool = False,
+    needs_grad: bool = False,
+    graph: bool = False,
+    phases: Sequence[str] | None = None,
+    device: Any = None,
+    kernel: Any = None,
+) -> Attention:
+    """Attention for this machine: the best kernels that are installed and compute the right thing, bound.
+
+    All choosing happens here; the handle only calls. Equal arguments give the same handle.
+
+    Args:
+        num_q_heads, num_kv_heads: heads. head_dim, v_head_dim: elements a head; the second defaults to the first.
+        dtype: of q, k, v and the output (a ``torch.dtype`` or its name).
+        kv_dtype: of the cache; default ``dtype``; ``"fp8"`` is the device's own e4m3 format.
+        causal: aligned to the end of the keys. window: ``(left, right)`` tokens beside the diagonal, inclusive, None
+            unlimited; an int ``W`` is W keys, itself included.
+        softcap: ``cap * tanh(score / cap)`` on scaled scores. sinks, alibi: the tensors are passed at the call.
+        softmax_scale: default ``1 / sqrt(head_dim)``.
+        page_size, kv_layout: of the cache; ``"auto"`` chooses what suits all phases best.
+        kv_scale: scales of an FP8 cache, one a ``"tensor"`` or a ``"head"``.
+        max_q_len: most query tokens a row of a decode step (above 1 for speculative decoding).
+        return_lse: calls may ask for the LSE. deterministic: the same input gives the same bits.
+        needs_grad: calls are differentiable (and the default phases are then prefill alone).
+        graph: calls can be captured in a device graph.
+        phases: those that will be used, of ``"prefill"``, ``"extend"``, ``"decode"``; default all.
+        device: anything :func:`hal.device` takes; default: the default device.
+        kernel: forces a kernel or library by name, or one a phase by a mapping; obeyed or refused, never replaced.
+
+    Raises:
+        ValueError: a value that no kernel could honour.
+        NoKernelError: no kernel can serve the request, or what is forced cannot; the text says why, and what to change.
+        UnknownKernelError, DeviceError, SettingError, LockError: as their names say.
+    """
+    fields = dict(locals())
+    where, forced = fields.pop("device"), fields.pop("kernel")
+    fields["phases"] = phases if phases is None or isinstance(phases, str) else tuple(phases)
+    key = _key("attention", fields, where, forced)
+    if key is not None and key in _handles:
+        return _handles[key]  # type: ignore[no-any-return]
+    request = AttentionRequest(**fields)
+    handle = _attention(request, where, forced, lambda: _selection.select(request, device=where, kernel=forced))
+    if key is not None:
+        _remember(key, handle)
+    return handle
+
+
+def get_attentions(layers: Sequence[Any], *, device: Any = None, kernel: Any = None) -> tuple[Attention, ...]:
+    """Attention for layers that share one pool of pages: a handle each, with one page size, KV layout and KV dtype.
+
+    ``layers`` holds mappings of :func:`get_attention`'s arguments, or ``AttentionRequest`` objects.
+
+    Raises:
+        InputError: layers that ask for different page sizes, layouts or KV dtypes; the clash is named.
+        NoKernelError: some layer cannot be served.
+    """
+    requests = [x if isinstance(x, AttentionRequest) else AttentionRequest(**x) for x in layers]
+    _check_common(requests)
+    where = _devices.device(device)
+
+    def decide(i: int) -> Selection:
+        return _selection.select_together(requests, device=where, kernel=kernel)[i]
+
+    return tuple(_attention(r, where, kernel, lambda i=i: decide(i)) for i, r in enumerate(requests))
+
+
+def _check_common(requests: Sequence[AttentionRequest]) -> None:
+    paged = [(i, r) for i, r in enumerate(requests) if check_needs_cache(r)]
+    for field in ("page_size", "kv_layout", "kv_dtype"):
+        asked: dict[Any, list[int]] = {}
+        for i, request in paged:
+            if getattr(request, field) != AUTO:
+                asked.setdefault(getattr(request, field), []).append(i)
+        if len(asked) > 1:
+            clash = "; ".join(f"{value!r} by layers {', '.join(map(str, which))}" for value, which in asked.items())
+            raise InputError(f"the layers share one cache and ask for different {field}: {clash}")
+
+
+def _attention(request: AttentionRequest, device: Any, kernel: Any, decide: Any) -> Attention:
+    selection, made = bind(decide)
+    _keep_receipt(selection)
+    write_selection, write = None, None
+    decided = selection.request
+    assert isinstance(decided, AttentionRequest)
+    if check_needs_cache(decided):
+        wanted = _write_request(decided)
+        write_selection, written = bind(lambda: _selection.select(wanted, device=selection.device))
+        write = written["call"]
+    debug = _settings.current()["debug_checks"]
+    return Attention(selection, made, write_selection, write, debug_checks=debug)
+
+
+def _write_request(request: AttentionRequest) -> KvCacheWriteRequest:
+    return KvCacheWriteRequest(
+        num_kv_heads=request.num_kv_heads,
+        head_dim=request.head_dim,
+        v_head_dim=request.v_head_dim,
+        dtype=request.dtype,
+        kv_dtype=request.kv_dtype,
+        page_size=int(request.page_size),
+        kv_layout=request.kv_layout,
+        kv_scale=request.kv_scale,
+        graph=request.graph,
+        deterministic=request.deterministic,
+    )
+
+
+class BoundOp:
+    """An op of one phase, bound: call it, or take ``fn``, the chosen kernel's own function."""
+
+    __slots__ = ("device", "fn", "request", "selection")
+
+    def __init__(self, selection: Selection, fn: Any) -> None:
+        self.selection = selection
+        self.request = selection.request
+        self.device = selection.device
+        self.fn = fn
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the kernel's function."""
+        return self.fn(*args, **kwargs)
+
+    def explain(self) -> str:
+        """Why this kernel, and why not each of the others."""
+        return self.selection.explain()
+
+    def receipt(self) -> dict[str, Any]:
+        """The decision as JSON-ready data."""
+        return self.selection.receipt()
+
+    def __repr__(self) -> str:
+        return f"<hal.BoundOp {self.selection.op.name} on {self.device.id}: {self.selection.kernels()['call']}>"
+
+
+def get_op(name: str, *, device: Any = None, kernel: Any = None, **fields: Any) -> BoundOp:
+    """An op other than attention, bound the same way: ``hal.get_op("rms_norm", hidden_size=4096)``.
+
+    ``fields`` are those of the op's request (``hal kernels`` and the docs list them).
+
+    Raises:
+        UnknownOpError: no op of that name. TypeError: a field that the op's request does not have, with the nearest.
+        NoKernelError: no kernel can serve the request, or what is forced cannot.
+    """
+    key = _key(name, fields, device, kernel)
+    if key is not None and key in _handles:
+        return _handles[key]  # type: ignore[no-any-return]
+    op = _plugins.registry().op(name)
+    if op.phases != ("call",):
+        raise TypeError(f"op {name!r} has phases {', '.join(op.phases)}: use hal.get_attention() or hal.select()")
+    request = _request(op.request, name, fields)
+    selection, made = bind(lambda: _selection.select(request, device=device, kernel=kernel))
+    _keep_receipt(selection)
+    handle = BoundOp(selection, made["call"])
+    if key is not None:
+        _remember(key, handle)
+    return handle
+
+
+def _request(cls: type[Request], name: str, fields: Mapping[str, Any]) -> Request:
+    known = [f for f in cls.__dataclass_fields__ if not f.startswith("_")]
+    for field in fields:
+        if field not in known:
+            raise TypeError(
+                f"op {name!r} has no field {field!r}.{did_you_mean(field, known)} Fields: {', '.join(known)}"
+            )
+    return cls(**fields)
+
+
+def _key(name: str, fields: Mapping[str, Any], device: Any, kernel: Any) -> Any:
+    """Everything that decides a handle, or None when that cannot be hashed."""
+    forced = tuple(sorted(kernel.items())) if isinstance(kernel, Mapping) else kernel
+    device = getattr(device, "device", device)
+    registry = _plugins.registry()
+    seen = tuple(os.environ.get(v) for p in registry.platforms.values() for v in p.visibility)
+    state = (registry.generation, _settings.fingerprint(), _simulate.simulated(), _libraries.simulating(), seen)
+    if device is None:
+        device = _devices.device().id
+    key = (name, tuple(fields.items()), device, forced, state)
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+def _remember(key: Any, handle: Any) -> None:
+    with _lock:
+        if len(_handles) >= 4096:
+            _handles.clear()
+        _handles[key] = handle
+
+
+def _keep_receipt(selection: Selection) -> None:
+    kept = selection.receipt()
+    with _lock:
+        _receipts[(kept["request_digest"], kept["platform"], kept["arch"])] = kept
+
+
+def receipts() -> tuple[dict[str, Any], ...]:
+    """The receipts of every handle made in this process, for :func:`hal.write_lock` and rank checks."""
+    return tuple(_receipts.values())
+
+
+def forget() -> None:
+    """Drop the handles and receipts that were kept."""
+    _handles.clear()
+    _receipts.clear()

@@ -1,0 +1,156 @@
+"""``KVCache``: the paged K and V of one layer, with layout, format and scales as named properties."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hal_ops import dtype_name, is_fp8, torch_dtype
+from hal_ops.attention import AttentionRequest
+
+from hal.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+__all__ = ["KVCache", "allocate"]
+
+
+class KVCache:
+    """K and V pages of one layer.
+
+    ``k`` and ``v`` are ``[num_pages, page_size, num_kv_heads, dim]`` (layout ``"NHD"``) or
+    ``[num_pages, num_kv_heads, page_size, dim]`` (``"HND"``), in one dtype, on one device. In an FP8 cache the values
+    are stored divided by ``k_scale`` and ``v_scale``: float32 tensors of one element, or one a kv head.
+
+    An engine that owns its memory wraps views of it: ``KVCache(k, v, layout="NHD")``. The layout is checked against
+    shape and strides when the cache is first used by a handle; it is never guessed.
+    """
+
+    __slots__ = ("_checked_by", "k", "k_scale", "layout", "v", "v_scale")
+
+    def __init__(self, k: Tensor, v: Tensor, *, layout: str, k_scale: Any = None, v_scale: Any = None) -> None:
+        """Wrap existing tensors.
+
+        Args:
+            k, v: the pages, see above.
+            layout: ``"NHD"`` or ``"HND"``.
+            k_scale, v_scale: for FP8 formats: a number, a tensor of one element, or of ``num_kv_heads``.
+
+        Raises:
+            InputError: an unknown layout, tensors that do not match, or a scale where there is none.
+        """
+        if layout not in ("NHD", "HND"):
+            raise InputError(f"layout={layout!r}: choose 'NHD' or 'HND'")
+        if k.dtype != v.dtype or k.device != v.device:
+            raise InputError(
+                f"k is {k.dtype} on {k.device}, v is {v.dtype} on {v.device}: a cache has one dtype and device"
+            )
+        if k.dim() != 4 or v.dim() != 4 or k.shape[:3] != v.shape[:3]:
+            raise InputError(
+                f"k {tuple(k.shape)} and v {tuple(v.shape)} must have 4 dims and differ in the last one at most"
+            )
+        self.k = k
+        self.v = v
+        self.layout = layout
+        self.k_scale = self._scale("k_scale", k_scale)
+        self.v_scale = self._scale("v_scale", v_scale)
+        self._checked_by: Any = None
+
+    def _scale(self, name: str, value: Any) -> Tensor | None:
+        import torch
+
+        if not is_fp8(self.dtype):
+            if value is not None:
+                raise InputError(f"{name} is given, and the cache is {self.dtype}: only FP8 caches are scaled")
+            return None
+        scale = torch.as_tensor(1.0 if value is None else value, dtype=torch.float32, device=self.k.device).reshape(-1)
+        if scale.numel() not in (1, self.num_kv_heads):
+            raise InputError(f"{name} has {scale.numel()} values: give one, or one a kv head ({self.num_kv_heads})")
+        return scale.contiguous()
+
+    @property
+    def num_pages(self) -> int:
+        return int(self.k.shape[0])
+
+    @property
+    def page_size(self) -> int:
+        return int(self.k.shape[1 if self.layout == "NHD" else 2])
+
+    @property
+    def num_kv_heads(self) -> int:
+        return int(self.k.shape[2 if self.layout == "NHD" else 1])
+
+    @property
+    def dtype(self) -> str:
+        """Exact name of the storage format."""
+        return dtype_name(self.k.dtype)
+
+    def __repr__(self) -> str:
+        return (
+            f"KVCache({self.num_pages} pages of {self.page_size}, {self.num_kv_heads} kv heads, "
+            f"dims {self.k.shape[3]}/{self.v.shape[3]}, {self.dtype}, {self.layout}, {self.k.device})"
+        )
+
+
+def allocate(request: AttentionRequest, num_pages: int, device: torch.device, k_scale: Any, v_scale: Any) -> KVCache:
+    """A cache for a decided request, zero-filled."""
+    import torch
+
+    if num_pages < 1:
+        raise InputError(f"num_pages={num_pages}: give at least 1")
+    rows = (request.page_size, request.num_kv_heads)
+    middle = rows if request.kv_layout == "NHD" else rows[::-1]
+    k, v = (
+        torch.zeros(
+            (num_pages, *middle, dim),
+            dtype=torch.uint8 if is_fp8(request.kv_dtype) else torch_dtype(request.kv_dtype),
+            device=device,
+        )
+        for dim in (request.head_dim, request.v_head_dim)
+    )
+    if is_fp8(request.kv_dtype):
+        k, v = k.view(torch_dtype(request.kv_dtype)), v.view(torch_dtype(request.kv_dtype))
+    return KVCache(k, v, layout=request.kv_layout, k_scale=k_scale, v_scale=v_scale)
+
+
+def problems(cache: KVCache, request: AttentionRequest, device: torch.device) -> list[str]:
+    """Why a cache does not suit a decided request; empty when it does."""
+    found = []
+    wanted = {
+        "layout": request.kv_layout,
+        "dtype": request.kv_dtype,
+        "page_size": request.page_size,
+        "num_kv_heads": request.num_kv_heads,
+    }
+    found += [f"{n} is {getattr(cache, n)}, not {value}" for n, value in wanted.items() if getattr(cache, n) != value]
+    for name, tensor, dim in (("k", cache.k, request.head_dim), ("v", cache.v, request.v_head_dim)):
+        if tensor.shape[3] != dim:
+            found.append(f"{name} has dim {tensor.shape[3]}, not {dim}")
+        found += _stride_problems(name, tensor, cache.layout)
+        if tensor.device != device:
+            found.append(f"{name} is on {tensor.device}, not on {device}")
+    if is_fp8(request.kv_dtype):
+        found += _scale_problems(cache, request)
+    return found
+
+
+def _stride_problems(name: str, tensor: Tensor, layout: str) -> list[str]:
+    """A layout is an order of strides: one that is not falling belongs to memory of the other layout."""
+    strides = tensor.stride()
+    if strides[3] != 1:
+        return [f"{name}'s last stride is {strides[3]}, not 1"]
+    sizes = tensor.shape
+    if sizes[1] > 1 and sizes[2] > 1 and strides[1] < strides[2]:
+        other = "HND" if layout == "NHD" else "NHD"
+        return [f"{name} is called {layout}, and its strides {strides} are those of {other} memory"]
+    return []
+
+
+def _scale_problems(cache: KVCache, request: AttentionRequest) -> list[str]:
+    wanted = 1 if request.kv_scale == "tensor" else request.num_kv_heads
+    return [
+        f"{name} has {scale.numel()} values, and the request says kv_scale={request.kv_scale!r}"
+        for name, scale in (("k_scale", cache.k_scale), ("v_scale", cache.v_scale))
+        if scale is not None and scale.numel() != wanted
+    ]

@@ -1,0 +1,108 @@
+"""The ledger: which (kernel, device, library versions, request corner) was verified, and which failed.
+
+What is not in it is only claimed. Rows are written by ``hal verify`` (see ``hal.testing``) and read by selection: a
+failed row quarantines its kernel for that corner, on such a device, with those library versions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from hal_ops import AUTO, Request
+
+from hal._device import Device
+from hal._kernel import Kernel
+from hal._libraries import installed
+from hal._version import Version
+from hal.errors import HalError
+
+__all__ = ["Ledger", "Row", "identity"]
+
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One result: ``status`` is ``"verified"`` or ``"failed"``; ``corner`` is ``Request.corner(phase)``."""
+
+    kernel: str
+    key: dict[str, str]
+    corner: dict[str, Any]
+    status: str
+    detail: str = ""
+    date: str = ""
+
+    def covers(self, request: Request, phase: str) -> bool:
+        """Whether the request lies in the row's corner; fields left to the selection fit any."""
+        mine = request.corner(phase)
+        return all(mine.get(name) in (AUTO, value) for name, value in self.corner.items())
+
+
+def identity(kernel: Kernel, device: Device) -> dict[str, str]:
+    """What a result depends on beside the request: the device, and the versions of torch and of what is needed."""
+    names = {"torch": ("torch",), "triton": ("triton",), **{n.library: n.names() for n in kernel.needs}}
+    found = {name: next((v for d in dists if (v := installed(d))), None) for name, dists in names.items()}
+    versions = {name: str(version) for name, version in found.items() if isinstance(version, Version)}
+    return {**device.identity(), **versions}
+
+
+class Ledger:
+    """The rows of one file, ``<cache dir>/ledger.json``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def rows(self) -> tuple[Row, ...]:
+        """Every row.
+
+        Raises:
+            HalError: the file is damaged; its text says what to do.
+        """
+        try:
+            stamp = os.stat(self.path).st_mtime_ns
+        except OSError:
+            return ()
+        return _rows(self.path, stamp)
+
+    def find(self, kernel: Kernel, request: Request, device: Device) -> Row | None:
+        """The row that speaks about this kernel here: a failed one before a verified one."""
+        rows = [r for r in self.rows() if r.kernel == kernel.name and r.covers(request, kernel.phase)]
+        if not rows:
+            return None
+        key = identity(kernel, device)
+        rows = sorted((r for r in rows if r.key == key), key=lambda r: r.status != "failed")
+        return rows[0] if rows else None
+
+    def record(self, rows: Iterable[Row]) -> None:
+        """Add rows; a row of the same kernel, device, versions and corner is replaced. The file is replaced at once."""
+        new = list(rows)
+        taken = [(r.kernel, r.key, r.corner) for r in new]
+        kept = [r for r in self.rows() if (r.kernel, r.key, r.corner) not in taken]
+        write_json(self.path, {"format": FORMAT, "rows": [dataclasses.asdict(r) for r in [*kept, *new]]})
+
+
+@lru_cache(maxsize=8)
+def _rows(path: Path, stamp: int) -> tuple[Row, ...]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data["format"] != FORMAT:
+            raise ValueError(f"format {data['format']}, and this hal reads {FORMAT}")
+        return tuple(Row(**row) for row in data["rows"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise HalError(f"the ledger {path} is damaged ({error}): delete it and run `hal verify` again") from error
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Replace a file by JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
+        json.dump(data, file, indent=1, sort_keys=True)
+        file.write("\n")
+    os.replace(file.name, path)

@@ -1,0 +1,36 @@
+"""``merge_attention_states``: two attention results over different keys, made one by their LSEs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hal._front import get_op
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["merge_attention_states"]
+
+
+def merge_attention_states(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, *, kernel: Any = None
+) -> tuple[Tensor, Tensor]:
+    """The attention over both sets of keys, from the attention over each.
+
+    Args:
+        out_a, out_b: ``[..., num_q_heads, v_head_dim]``, one dtype. lse_a, lse_b: float32 ``[..., num_q_heads]``,
+            natural log; -inf where a part had no key.
+
+    Returns:
+        ``(out, lse)`` in the shapes and dtypes of the first pair. Sinks are counted once a part: give them to one part.
+    """
+    op = get_op(
+        "merge_attention_states",
+        num_q_heads=out_a.shape[-2],
+        v_head_dim=out_a.shape[-1],
+        dtype=str(out_a.dtype).removeprefix("torch."),
+        device=out_a.device,
+        kernel=kernel,
+    )
+    merged: tuple[Tensor, Tensor] = op(out_a, lse_a, out_b, lse_b)
+    return merged

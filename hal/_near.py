@@ -1,0 +1,120 @@
+"""Near misses: the smallest change of request or installation that would admit a refused kernel."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from hal_ops import Request
+
+from hal._eligibility import Circumstances, why_not
+from hal._kernel import Kernel
+from hal._reason import Reason
+
+if TYPE_CHECKING:
+    from hal._selection import Selection
+
+__all__ = ["NearMiss", "near_misses"]
+
+_INSTALL = ("not_installed", "version_too_old", "version_too_new")
+_SETTING = ("disabled_by_env", "not_forced", "not_strict", "unverified", "quarantined")
+
+
+@dataclasses.dataclass(frozen=True)
+class NearMiss:
+    """A change and the kernels that it would admit.
+
+    ``changes`` are (field, value) pairs; ``install`` are the remedies for libraries; ``first`` is whether the best of
+    the kernels would then be chosen.
+    """
+
+    kernels: tuple[str, ...]
+    changes: tuple[tuple[str, Any], ...] = ()
+    install: tuple[str, ...] = ()
+    first: bool = False
+
+    def text(self) -> str:
+        """One line, such as ``without sinks: fa3.prefill, fa3.decode``."""
+        steps = [_change(field, value) for field, value in self.changes] + list(self.install)
+        then = " and would be first" if self.first else ""
+        return f"{', '.join(steps)}: {', '.join(self.kernels)}{then}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready facts."""
+        return {
+            "kernels": list(self.kernels),
+            "changes": dict(self.changes),
+            "install": list(self.install),
+            "first": self.first,
+        }
+
+
+def near_misses(selection: Selection) -> tuple[NearMiss, ...]:
+    """Near misses of all phases: fewest changes first, then the best kernels. Other hardware is no near miss."""
+    found: dict[tuple[Any, ...], list[tuple[Kernel, bool]]] = {}
+    for choice in selection.choices.values():
+        chosen = -1 if choice.kernel is None else choice.kernel.priority
+        for candidate in choice.candidates:
+            kernel = candidate.kernel
+            if candidate.status == "refused" and kernel.priority >= chosen:
+                change = _smallest_change(kernel, candidate.reasons, selection.request, selection.around)
+                if change is not None:
+                    found.setdefault(change, []).append((kernel, kernel.priority > chosen))
+    ranked = sorted(
+        found.items(), key=lambda item: (len(item[0][0]) + len(item[0][1]), -max(k.priority for k, _ in item[1]))
+    )
+    return tuple(
+        NearMiss(tuple(k.name for k, _ in kernels), changes, install, any(first for _, first in kernels))
+        for (changes, install), kernels in ranked
+    )
+
+
+def _smallest_change(
+    kernel: Kernel, reasons: tuple[Reason, ...], request: Request, around: Circumstances
+) -> tuple[tuple[tuple[str, Any], ...], tuple[str, ...]] | None:
+    rules = request.rules()
+    install = tuple(r.remedy for r in reasons if r.code in _INSTALL)
+    if any(r.code in _SETTING or (r.field not in rules and r.code not in _INSTALL) for r in reasons):
+        return None
+    changed = _fitted(kernel, request, around)
+    if changed is None:
+        return None
+    changes = tuple((f, getattr(changed, f)) for f in rules if getattr(changed, f) != getattr(request, f))
+    return (changes, install) if changes or install else None
+
+
+def _fitted(kernel: Kernel, request: Request, around: Circumstances) -> Request | None:
+    """The request moved, field by field, to the nearest that the kernel's declaration admits."""
+    rules = request.rules()
+    for _ in range(4):
+        wrong = [r.field for r in why_not(kernel, request, around) if r.field in rules]
+        if not wrong:
+            return request
+        values = {field: _nearest(kernel, field, request) for field in dict.fromkeys(wrong)}
+        if any(value is None for value in values.values()):
+            return None
+        try:
+            request = request.replace(**{field: value[0] for field, value in values.items() if value})
+        except ValueError:
+            return None
+    return None
+
+
+def _nearest(kernel: Kernel, field: str, request: Request) -> tuple[Any, ...] | None:
+    if field in kernel.fields:
+        near = kernel.fields[field].nearest(getattr(request, field), request)
+        return near[:1] or None
+    neutral = request.rules()[field].neutral
+    return (neutral(request) if callable(neutral) else neutral,)
+
+
+def _change(field: str, value: Any) -> str:
+    if value is False or value == (None, None) or (field == "softcap" and not value):
+        return f"without {field}"
+    return (
+        f"with {field}"
+        if value is True
+        else f"with {field} {value:g}"
+        if isinstance(value, float)
+        else f"with {field} {value}"
+    )

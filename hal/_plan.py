@@ -1,0 +1,251 @@
+"""Plans: one step's metadata, in neutral form and in the form that the chosen kernel wants."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from hal_ops.attention import Step
+
+from hal.errors import InputError, PlanMismatchError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from hal._attention import Attention
+
+__all__ = ["Plan"]
+
+
+class Plan:
+    """What a handle needs to know about one step. Made by ``handle.plan(...)``, opaque, and only for that handle.
+
+    ``phase`` is the phase that serves the step; ``write`` says when this step's k and v go into the cache:
+    ``"before"`` (written, then read back: *prewrite*) or ``"after"`` (attended to directly: *postwrite*).
+
+    A plan made with ``max_batch`` keeps its buffers for good: :meth:`update` fills them in place for another step, so
+    addresses stay the same, and tails are zeroed.
+    """
+
+    __slots__ = ("_buffers", "_owner", "_payload", "_run", "_step", "phase", "write")
+
+    def __init__(
+        self, owner: Attention, step: Step, phase: str, write: str, payload: Any, buffers: Buffers | None
+    ) -> None:
+        self._owner = owner
+        self._step = step
+        self.phase = phase
+        self.write = write
+        self._payload = payload
+        self._buffers = buffers
+        self._run = owner._implementations[phase]
+
+    @property
+    def batch(self) -> int:
+        """Rows of the step."""
+        return self._step.batch
+
+    @property
+    def num_tokens(self) -> int:
+        """Query tokens of the step."""
+        return self._step.num_tokens
+
+    def update(self, *, q_lens: Any, kv_lens: Any, block_table: Any) -> Plan:
+        """Make the plan fit another step, in place. Returns the plan.
+
+        Raises:
+            InputError: the plan has no buffers of its own (``max_batch`` was not given), the step is larger than they
+                are, or it needs another phase; nothing is changed then.
+        """
+        if self._buffers is None:
+            raise InputError(
+                "this plan is for one step: make it with max_batch= (and max_tokens=, max_pages=) to update it"
+            )
+        self._owner._refill(self, q_lens, kv_lens, block_table)
+        return self
+
+    def _paged(self) -> tuple[Any, Any]:
+        """What attends to the cache alone. A postwrite plan needs it only if it is called without k and v."""
+        if self.phase != "prefill":
+            return self._run, self._payload
+        extend = self._owner._implementations.get("extend")
+        if extend is None:
+            raise InputError("this step attends to fresh keys, and the handle has no extend phase: pass k and v")
+        if self._payload is None:
+            self._payload = extend.plan(self._step)
+        return extend, self._payload
+
+    def check_owner(self, handle: Attention) -> None:
+        """Raise unless ``handle`` made the plan.
+
+        Raises:
+            PlanMismatchError: naming both handles.
+        """
+        if self._owner is not handle:
+            raise PlanMismatchError(
+                f"the plan was made by {self._owner}, and is given to {handle}: a plan holds metadata in the form "
+                "of the kernels of its own handle; call plan() on this one"
+            )
+
+    def __repr__(self) -> str:
+        return f"Plan({self.phase}, {self.batch} rows, {self.num_tokens} tokens, writes {self.write}, of {self._owner})"
+
+
+class Buffers:
+    """Device tensors of a fixed size that steps are copied into: addresses never change, tails are zeroed."""
+
+    def __init__(self, max_batch: int, max_tokens: int, max_pages: int, device: torch.device) -> None:
+        import torch
+
+        self.sizes = {"max_batch": max_batch, "max_tokens": max_tokens, "max_pages": max_pages}
+        for name, value in self.sizes.items():
+            if value < 1:
+                raise InputError(f"{name}={value}: give at least 1")
+        self.cu_seqlens_q = torch.zeros(max_batch + 1, dtype=torch.int32, device=device)
+        self.cu_seqlens_k = torch.zeros(max_batch + 1, dtype=torch.int32, device=device)
+        self.kv_lens = torch.zeros(max_batch, dtype=torch.int32, device=device)
+        self.block_table = torch.zeros((max_batch, max_pages), dtype=torch.int32, device=device)
+        self.slot_mapping = torch.full((max_tokens,), -1, dtype=torch.int64, device=device)
+
+    def check(self, step: Step) -> None:
+        """Raise unless the step fits.
+
+        Raises:
+            InputError: naming the size that is passed and the one that there is.
+        """
+        needs = {"max_batch": step.batch, "max_tokens": step.num_tokens, "max_pages": step.block_table.shape[1]}
+        for name, value in needs.items():
+            if value > self.sizes[name]:
+                raise InputError(f"the step needs {name}={value}, and the plan was made for {self.sizes[name]}")
+
+    def fill(self, step: Step) -> Step:
+        """Copy a step in; rows past its batch become empty ones, and slots past its tokens are skipped."""
+        self.check(step)
+        for mine, given in ((self.cu_seqlens_q, step.cu_seqlens_q), (self.cu_seqlens_k, step.cu_seqlens_k)):
+            mine[: step.batch + 1].copy_(given)
+            mine[step.batch + 1 :] = given[-1]
+        for mine, given in ((self.kv_lens, step.kv_lens), (self.slot_mapping, step.slot_mapping)):
+            mine[: len(given)].copy_(given)
+        self.kv_lens[step.batch :] = 0
+        self.slot_mapping[step.num_tokens :] = -1
+        self.block_table.zero_()
+        self.block_table[: step.batch, : step.block_table.shape[1]].copy_(step.block_table)
+        return self.view(step)
+
+    def view(self, step: Step) -> Step:
+        """The step with its tensors replaced by the buffers, at their full size; empty rows make up the rest."""
+        rows = self.sizes["max_batch"]
+        padding = (0,) * (rows - step.batch)
+        return Step(
+            batch=rows,
+            num_tokens=step.num_tokens,
+            max_q_len=step.max_q_len,
+            max_kv_len=self.sizes["max_pages"] * step.page_size,
+            q_lens=step.q_lens + padding,
+            kv_lens_host=step.kv_lens_host + padding,
+            cu_seqlens_q=self.cu_seqlens_q,
+            cu_seqlens_k=self.cu_seqlens_k,
+            kv_lens=self.kv_lens,
+            block_table=self.block_table,
+            slot_mapping=self.slot_mapping,
+            page_size=step.page_size,
+        )
+
+
+def make_step(q_lens: Any, kv_lens: Any, block_table: Any, page_size: int, device: torch.device) -> Step:
+    """The neutral metadata of a step, checked.
+
+    Lengths and tables may be sequences, host tensors or device tensors; host lengths cause no synchronisation.
+
+    Raises:
+        InputError: lengths that disagree, a table that is too small, or entries out of their types.
+    """
+    q_host, kv_host = _lengths("q_lens", q_lens), _lengths("kv_lens", kv_lens)
+    _check_lengths(q_host, kv_host)
+    table = _table(block_table, len(q_host), device)
+    pages = -(-max(kv_host, default=0) // page_size)
+    if pages > table.shape[1]:
+        raise InputError(
+            f"block_table has {table.shape[1]} pages a row, and the longest kv_len ({max(kv_host)}) takes {pages} "
+            f"of {page_size} tokens"
+        )
+    return Step(
+        batch=len(q_host),
+        num_tokens=sum(q_host),
+        max_q_len=max(q_host, default=0),
+        max_kv_len=max(kv_host, default=0),
+        q_lens=q_host,
+        kv_lens_host=kv_host,
+        cu_seqlens_q=_to_device([0, *itertools.accumulate(q_host)], device),
+        cu_seqlens_k=_to_device([0, *itertools.accumulate(kv_host)], device),
+        kv_lens=_to_device(kv_host, device),
+        block_table=table,
+        slot_mapping=_slots(q_host, kv_host, table, page_size, device),
+        page_size=page_size,
+    )
+
+
+def _lengths(name: str, values: Any) -> tuple[int, ...]:
+    if hasattr(values, "tolist"):
+        if values.is_floating_point():
+            raise InputError(f"{name} holds {values.dtype}: lengths are whole numbers of tokens")
+        values = values.tolist()
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        raise InputError(f"{name}={values!r}: give a sequence or a tensor of lengths in tokens, a row each")
+    lengths = tuple(values)
+    for row, length in enumerate(lengths):
+        if isinstance(length, bool) or not isinstance(length, int) or length < 0:
+            raise InputError(f"{name}[{row}]={length!r}: a length is a whole number of tokens, at least 0")
+    return lengths
+
+
+def _check_lengths(q_lens: tuple[int, ...], kv_lens: tuple[int, ...]) -> None:
+    if len(q_lens) != len(kv_lens):
+        raise InputError(f"q_lens has {len(q_lens)} rows, kv_lens {len(kv_lens)}")
+    for row, (q_len, kv_len) in enumerate(zip(q_lens, kv_lens, strict=True)):
+        if q_len > kv_len:
+            raise InputError(
+                f"row {row}: q_len {q_len} is more than kv_len {kv_len}; kv_lens counts the cache after the step, "
+                "this step's tokens included"
+            )
+
+
+def _table(block_table: Any, rows: int, device: torch.device) -> Tensor:
+    import torch
+
+    if not isinstance(block_table, torch.Tensor):
+        width = max((len(row) for row in block_table), default=0)
+        block_table = torch.tensor(
+            [[*row, *([0] * (width - len(row)))] for row in block_table], dtype=torch.int32
+        ).reshape(len(block_table), width)
+    if block_table.dim() != 2 or block_table.shape[0] != rows:
+        raise InputError(f"block_table is {tuple(block_table.shape)}: give [batch, max_pages] with batch {rows}")
+    if block_table.dtype not in (torch.int32, torch.int64):
+        raise InputError(f"block_table holds {block_table.dtype}: page indices are int32")
+    table: Tensor = block_table.to(device=device, dtype=torch.int32, non_blocking=True)
+    return table
+
+
+def _to_device(values: Sequence[int], device: torch.device) -> Tensor:
+    import torch
+
+    return torch.tensor(values, dtype=torch.int32).to(device, non_blocking=True)
+
+
+def _slots(
+    q_lens: tuple[int, ...], kv_lens: tuple[int, ...], table: Tensor, page_size: int, device: torch.device
+) -> Tensor:
+    """``page * page_size + offset`` of each new token, from host lengths, without synchronisation."""
+    import torch
+
+    q, kv = torch.tensor(q_lens, dtype=torch.int64), torch.tensor(kv_lens, dtype=torch.int64)
+    rows = torch.repeat_interleave(torch.arange(len(q_lens)), q, output_size=sum(q_lens))
+    starts = kv - q.cumsum(0)
+    positions = (torch.arange(len(rows)) + starts[rows]).to(device, non_blocking=True)
+    rows = rows.to(device, non_blocking=True)
+    if not len(q_lens) or not table.shape[1]:
+        return positions
+    pages = table[rows, torch.div(positions, page_size, rounding_mode="floor")].to(torch.int64)
+    return pages * page_size + positions % page_size

@@ -1,0 +1,118 @@
+"""The built-in platform ``portable``: no hardware of its own; the ops, and kernels for any device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from hal_ops import FP8_DTYPES, Op
+from hal_ops.attention import ATTENTION
+from hal_ops.kv_cache import KV_CACHE_WRITE
+from hal_ops.merge_states import MERGE_STATES
+
+from hal._arch import Arch
+from hal._constraints import Anything, Constraint, OneOf, Range, Windows
+from hal._device import Evidence, Probe
+from hal._kernel import Band, Kernel
+from hal._platform import Platform
+
+__all__ = ["PortablePlatform"]
+
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+class PortablePlatform(Platform):
+    """Brings the op contracts, and for each the float32 reference on any torch device."""
+
+    name = "portable"
+    vendor = "none"
+    rank = -1
+
+    def probe(self, environ: Mapping[str, str]) -> Probe:
+        return Probe((), (Evidence("portable", "has no devices of its own; its kernels run on the others'"),))
+
+    def parse_arch(self, text: str) -> Arch:
+        raise ValueError("platform 'portable' has no devices: name the platform whose device you mean")
+
+    def capabilities(self, arch: Arch) -> frozenset[str]:
+        return frozenset()
+
+    def ops(self) -> Iterable[Op]:
+        return (ATTENTION, KV_CACHE_WRITE, MERGE_STATES)
+
+    def kernels(self) -> Iterable[Kernel]:
+        return (*(_attention(phase) for phase in ATTENTION.phases), *_kv_cache_write(), *_merge_states())
+
+
+def _attention(phase: str) -> Kernel:
+    fields: dict[str, Constraint] = {
+        "num_q_heads": Anything((1, 6, 14)),
+        "num_kv_heads": Anything((1, 2)),
+        "head_dim": Range(1, None, (64, 80, 13)),
+        "v_head_dim": Range(1, None, (64, 48)),
+        "dtype": OneOf("float32", "bfloat16", "float16", "float64"),
+        "kv_dtype": OneOf(*_FLOATS, *FP8_DTYPES),
+        "page_size": Range(1, None, (16, 48)),
+        "kv_layout": OneOf("NHD", "HND"),
+        "max_q_len": Range(1, None, (4,)),
+        "causal": OneOf(True, False),
+        "window": Windows(),
+        "softcap": Range(0, None, (30.0,)),
+        "sinks": OneOf(False, True),
+        "alibi": OneOf(False, True),
+        "softmax_scale": Anything((0.3,)),
+        "kv_scale": OneOf("tensor", "head"),
+        "return_lse": OneOf(False, True),
+        "deterministic": OneOf(False, True),
+        **({"needs_grad": OneOf(False, True)} if phase == "prefill" else {}),
+    }
+    return Kernel(
+        name=f"reference.{phase}",
+        op="attention",
+        phase=phase,
+        target=f"hal_ops.attention.reference:{phase}",
+        priority=Band.REFERENCE,
+        fields=fields,
+        note="float32 reference, slow",
+    )
+
+
+def _kv_cache_write() -> tuple[Kernel, ...]:
+    fields: dict[str, Constraint] = {
+        "num_kv_heads": Anything((1, 2)),
+        "head_dim": Range(1, None, (64, 80)),
+        "v_head_dim": Range(1, None, (64, 48)),
+        "dtype": OneOf(*_FLOATS),
+        "kv_dtype": OneOf(*_FLOATS, *FP8_DTYPES),
+        "page_size": Range(1, None, (16, 48)),
+        "kv_layout": OneOf("NHD", "HND"),
+        "kv_scale": OneOf("tensor", "head"),
+        "deterministic": OneOf(False, True),
+    }
+    return _call_kernels("kv_cache_write", "hal_ops.kv_cache", fields)
+
+
+def _merge_states() -> tuple[Kernel, ...]:
+    fields: dict[str, Constraint] = {
+        "num_q_heads": Anything((1, 6)),
+        "v_head_dim": Range(1, None, (64, 80)),
+        "dtype": OneOf(*_FLOATS),
+    }
+    return _call_kernels("merge_attention_states", "hal_ops.merge_states", fields)
+
+
+def _call_kernels(op: str, package: str, fields: dict[str, Constraint]) -> tuple[Kernel, ...]:
+    """The torch kernel and the reference of an op of one phase."""
+    ranks = (("torch", Band.PORTABLE, "torch ops"), ("reference", Band.REFERENCE, "float32 reference, slow"))
+    return tuple(
+        Kernel(
+            name=f"{library}.{op}",
+            op=op,
+            phase="call",
+            target=f"{package}.{'torch_ops' if library == 'torch' else 'reference'}:call",
+            priority=band,
+            fields=fields,
+            evidence={"x86_64": "run", "sm_90": "run"},
+            note=note,
+        )
+        for library, band, note in ranks
+    )

@@ -1,0 +1,158 @@
+"""The registry: the platforms, ops, kernels, libraries and errata of one process."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import warnings
+from collections.abc import Iterable
+
+from hal_ops import Op
+
+from hal._errata import Erratum, unique
+from hal._kernel import Band, Kernel
+from hal._libraries import Library
+from hal._platform import Platform
+from hal.errors import RegistrationError, UnknownKernelError, UnknownOpError, did_you_mean
+
+__all__ = ["Registry", "Source"]
+
+_generations = itertools.count(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where a registration came from: entry-point name, distribution and its version."""
+
+    plugin: str
+    distribution: str = ""
+    version: str = ""
+
+    @property
+    def ours(self) -> bool:
+        """Whether the distribution is one of HAL's own."""
+        return self.distribution == "torch-hal" or self.distribution.startswith("torch-hal-")
+
+    def __str__(self) -> str:
+        return f"{self.plugin} ({self.distribution} {self.version})".replace(" )", ")")
+
+
+class Registry:
+    """Holds what plugins registered. Built whole, then only read; each one has a ``generation`` of its own."""
+
+    def __init__(self) -> None:
+        self.generation = next(_generations)
+        self.platforms: dict[str, Platform] = {}
+        self.ops: dict[str, Op] = {}
+        self.kernels: dict[str, Kernel] = {}
+        self.libraries: dict[str, Library] = {}
+        self.errata: tuple[Erratum, ...] = ()
+        self.sources: dict[str, Source] = {}
+
+    def add_platform(self, platform: Platform, source: Source) -> None:
+        """Register a platform and the ops it brings; :meth:`add_kernels` comes once all ops are there."""
+        for op in platform.ops():
+            if op.name in self.ops:
+                raise RegistrationError(
+                    f"op {op.name!r} is registered by {self.sources['op:' + op.name]} already", name=op.name
+                )
+            self.ops[op.name] = op
+            self.sources[f"op:{op.name}"] = source
+        self.platforms[platform.name] = platform
+        self.sources[f"platform:{platform.name}"] = source
+
+    def add_kernels(self, platform: Platform, source: Source) -> None:
+        """Register a platform's kernels, libraries and errata.
+
+        Raises:
+            RegistrationError: a wrong declaration, or a name that is taken; both owners are named.
+        """
+        for kernel in platform.kernels():
+            self._admit(kernel, source)
+            self.kernels[kernel.name] = kernel
+            self.sources[f"kernel:{kernel.name}"] = source
+        for library in platform.libraries():
+            self.libraries.setdefault(library.name, library)
+        self.errata = unique((*self.errata, *platform.errata()))
+
+    def _admit(self, kernel: Kernel, source: Source) -> None:
+        op = self.op(kernel.op)
+        kernel.validate(op)
+        if kernel.name in self.kernels:
+            other = self.sources[f"kernel:{kernel.name}"]
+            raise RegistrationError(
+                f"kernel {kernel.name!r} of {source} is registered by {other} already", name=kernel.name
+            )
+        if kernel.band == Band.PLUGIN and source.ours:
+            raise RegistrationError(
+                f"kernel {kernel.name!r}: the PLUGIN band is for others' distributions", name=kernel.name
+            )
+
+    def copy(self) -> Registry:
+        """A registry of its own with the same contents, to try a plugin on."""
+        other = Registry()
+        for name in ("platforms", "ops", "kernels", "libraries", "sources"):
+            getattr(other, name).update(getattr(self, name))
+        other.errata = self.errata
+        return other
+
+    def op(self, name: str) -> Op:
+        """The op called ``name``, or once called so (with a DeprecationWarning).
+
+        Raises:
+            UnknownOpError: with the nearest match and the ops there are.
+        """
+        renamed = next((op for op in self.ops.values() if name in op.aliases), None)
+        if renamed is not None and name not in self.ops:
+            warnings.warn(f"op {name!r} is now called {renamed.name!r}", DeprecationWarning, stacklevel=3)
+            return renamed
+        if name not in self.ops:
+            known = tuple(sorted(self.ops))
+            raise UnknownOpError(
+                f"no op is called {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}",
+                name=name,
+                known=known,
+            )
+        return self.ops[name]
+
+    def candidates(self, op: str, phase: str) -> tuple[Kernel, ...]:
+        """Kernels of one phase, best first: by priority, then by name. Import order plays no part."""
+        found = (k for k in self.kernels.values() if (k.op, k.phase) == (op, phase))
+        return tuple(sorted(found, key=lambda k: (-k.priority, k.name)))
+
+    def check_name(self, name: str, op: str, source: str) -> None:
+        """Make sure that ``name`` is a kernel or library of ``op``.
+
+        Raises:
+            UnknownKernelError: saying which op it belongs to, or what is near.
+        """
+        if any(k.answers_to(name) for k in self.kernels.values() if k.op == op):
+            return
+        known = self._names(k for k in self.kernels.values() if k.op == op)
+        elsewhere = sorted({k.op for k in self.kernels.values() if k.answers_to(name)})
+        why = f"it serves {', '.join(elsewhere)}" if elsewhere else "no kernel or library is called that"
+        near = "" if elsewhere else did_you_mean(name, known)
+        raise UnknownKernelError(
+            f"{source} asks for {name!r} for op {op}, but {why}.{near} Known for {op}: {', '.join(known)}",
+            name=name,
+            known=known,
+        )
+
+    def check_known(self, name: str, source: str) -> None:
+        """Make sure that ``name`` is any kernel or library.
+
+        Raises:
+            UnknownKernelError: with the nearest match.
+        """
+        known = self._names(self.kernels.values())
+        if name not in known:
+            raise UnknownKernelError(
+                f"{source} names {name!r}, and no kernel or library is called that.{did_you_mean(name, known)} "
+                f"Known: {', '.join(known)}",
+                name=name,
+                known=known,
+            )
+
+    @staticmethod
+    def _names(kernels: Iterable[Kernel]) -> tuple[str, ...]:
+        return tuple(sorted({name for k in kernels for name in (k.name, k.library)}))

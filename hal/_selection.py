@@ -1,0 +1,376 @@
+"""Selection: from a request to one kernel a phase, with the reasons of every candidate.
+
+What may steer the choice, highest first, is listed in :data:`PRECEDENCE`. A forced choice goes through the same checks
+as any other, and is never replaced.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from hal_ops import AUTO, Op, Request
+
+from hal import _devices, _plugins, _settings
+from hal._device import Device
+from hal._eligibility import Circumstances, errata_for, why_not
+from hal._kernel import Band, Kernel
+from hal._ledger import Ledger
+from hal._lock import Locked, locked
+from hal._measurements import Measurements
+from hal._reason import Reason
+from hal._registry import Registry
+from hal.errors import NoKernelError, UnknownKernelError
+
+__all__ = ["PRECEDENCE", "Candidate", "PhaseChoice", "Selection", "select"]
+
+PRECEDENCE = (
+    "call argument",
+    "context manager",
+    "lock file",
+    "HAL_* variable",
+    "config file",
+    "measurement",
+    "priority band",
+    "name",
+)
+
+log = logging.getLogger("hal")
+broken: dict[str, Reason] = {}
+"""Kernels whose code could not be imported or constructed in this process, with the reason."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Forced:
+    """A kernel or library that something asks for, and what does."""
+
+    name: str
+    source: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One kernel in the running. ``status`` is ``"chosen"``, ``"eligible"`` or ``"refused"``."""
+
+    kernel: Kernel
+    status: str
+    reasons: tuple[Reason, ...] = ()
+    evidence: str = "claimed"
+    microseconds: float | None = None
+    notes: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready facts."""
+        facts: dict[str, Any] = {"kernel": self.kernel.name, "status": self.status, "priority": self.kernel.priority}
+        facts.update(evidence=self.evidence, reasons=[r.as_dict() for r in self.reasons])
+        if self.microseconds is not None:
+            facts["microseconds"] = self.microseconds
+        if self.notes:
+            facts["notes"] = list(self.notes)
+        return facts
+
+
+@dataclasses.dataclass(frozen=True)
+class PhaseChoice:
+    """What came out for one phase. ``kernel`` is None where nothing is left; ``forced`` says what asked for it."""
+
+    phase: str
+    kernel: Kernel | None
+    candidates: tuple[Candidate, ...]
+    forced: Forced | None = None
+    measured: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """The outcome of a request: a kernel a phase, and why not each of the others."""
+
+    op: Op
+    request: Request
+    """With every field that was left open decided."""
+    asked: Request
+    device: Device
+    choices: Mapping[str, PhaseChoice]
+    around: Circumstances = dataclasses.field(repr=False)
+    joint: tuple[str, ...] = ()
+    """What was decided jointly for all phases, such as ``page_size 16``."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def complete(self) -> bool:
+        """Whether every phase has a kernel."""
+        return all(choice.kernel is not None for choice in self.choices.values())
+
+    def kernels(self) -> dict[str, str | None]:
+        """Phase to the chosen kernel's name, or None."""
+        return {p: None if c.kernel is None else c.kernel.name for p, c in self.choices.items()}
+
+    def explain(self) -> str:
+        """The decision for people: the device, the request, each candidate with its reasons, near misses, steering."""
+        from hal._explain import render
+
+        return render(self)
+
+    def near_misses(self) -> tuple[Any, ...]:
+        """The smallest changes that would admit refused kernels, best first; see :class:`hal.NearMiss`."""
+        from hal._near import near_misses
+
+        return near_misses(self)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same facts as data, JSON-ready."""
+        from hal._explain import as_dict
+
+        return as_dict(self)
+
+    def receipt(self) -> dict[str, Any]:
+        """Kernel, device, versions and a digest of the reasons; what lock files are made of."""
+        from hal._lock import receipt
+
+        return receipt(self)
+
+    def __str__(self) -> str:
+        return self.explain()
+
+
+def select(request: Request, *, device: Any = None, kernel: Any = None) -> Selection:
+    """Choose a kernel for every phase of a request. Imports no kernel and touches no device.
+
+    ``device`` is anything :func:`hal.device` takes; ``kernel`` forces a kernel or library by name, or one a phase by a
+    mapping. A selection that found nothing for a phase is returned too: look at ``complete`` or call :func:`require`.
+
+    Raises:
+        UnknownKernelError: something asks for a kernel that does not exist or serves another op.
+        LockError: the lock file holds a decision for this request that cannot be repeated.
+    """
+    return select_together([request], device=device, kernel=kernel)[0]
+
+
+def select_together(requests: Sequence[Request], *, device: Any = None, kernel: Any = None) -> tuple[Selection, ...]:
+    """Choose for several requests at once, such as the layers of a model that share one pool of pages.
+
+    Fields left open (``page_size``, ``kv_layout``) get one value for all of them: the one with which the best kernels
+    can serve.
+    """
+    registry = _plugins.registry()
+    settings = _settings.current()
+    _check_settings(settings, registry)
+    around = Circumstances(
+        _devices.device(device), registry, settings, Ledger(settings.cache_dir() / "ledger.json"), broken
+    )
+    jobs = [_job(request, kernel, around) for request in requests]
+    values = _decide_open_fields(jobs, around)
+    times = Measurements(settings.cache_dir() / "measurements.json")
+    return tuple(_outcome(job, request, values, around, times) for job, request in zip(jobs, requests, strict=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """One request on its way: exact for the device, with its phases and what forces them."""
+
+    op: Op
+    request: Request
+    phases: tuple[str, ...]
+    forced: Mapping[str, Forced]
+    notes: tuple[str, ...]
+
+    def open_fields(self) -> tuple[str, ...]:
+        rules = self.request.rules()
+        return tuple(f for f in self.request.open_fields() if any(rules[f].applies(p) for p in self.phases))
+
+    def with_values(self, values: Mapping[str, Any]) -> Request:
+        """The request with its open fields set; those that no phase of it looks at get their first preference."""
+        rules = self.request.rules()
+        changes = {f: values.get(f, rules[f].preferred[0]) for f in self.request.open_fields()}
+        return self.request.replace(**changes) if changes else self.request
+
+
+def _job(request: Request, kernel: Any, around: Circumstances) -> _Job:
+    op = around.registry.op(request.op)
+    wanted = getattr(request, "phases", None) or op.phases
+    phases = tuple(p for p in op.phases if p in wanted)
+    lock = locked(request, around)
+    resolved = request.resolved(around.device.capabilities)
+    resolved = resolved.replace(**lock.fields) if lock.fields else resolved
+    return _Job(op, resolved, phases, _forced(op, phases, kernel, lock, around), lock.notes)
+
+
+def _outcome(
+    job: _Job, asked: Request, values: Mapping[str, Any], around: Circumstances, times: Measurements
+) -> Selection:
+    decided = job.with_values(values)
+    choices = {p: _choose(job.op, p, decided, job.forced.get(p), around, times) for p in job.phases}
+    joint = tuple(f"{f} {getattr(decided, f)}" for f in job.open_fields())
+    return Selection(job.op, decided, asked, around.device, choices, around, joint, job.notes)
+
+
+def require(selection: Selection) -> Selection:
+    """The selection itself, if every phase has a kernel.
+
+    Raises:
+        NoKernelError: with the selection and all of its text.
+    """
+    if selection.complete:
+        return selection
+    from hal._explain import render_failure
+
+    raise NoKernelError(render_failure(selection), selection=selection)
+
+
+def _check_settings(settings: _settings.Settings, registry: Registry) -> None:
+    for key in settings.op_keys():
+        registry.op(key.removeprefix("op_"))
+    disabled = settings.value("disable")
+    for name in disabled.value:
+        registry.check_known(name, disabled.source)
+
+
+def _forced(op: Op, phases: tuple[str, ...], kernel: Any, lock: Locked, around: Circumstances) -> dict[str, Forced]:
+    """Phase to what forces it, by precedence."""
+    layers = [
+        _from_argument(op, kernel),
+        _from_settings(op, around, "hal.override"),
+        {p: Forced(name, f"lock file {around.settings['lock']}") for p, name in lock.kernels.items()},
+        _from_settings(op, around, "variable"),
+        _from_settings(op, around, "config file"),
+    ]
+    forced: dict[str, Forced] = {}
+    for layer in reversed(layers):
+        for phase, choice in layer.items():
+            around.registry.check_name(choice.name, op.name, choice.source)
+            _apply(forced, choice, phase, op, phases, around.registry)
+    return forced
+
+
+def _apply(
+    forced: dict[str, Forced], choice: Forced, phase: str, op: Op, phases: tuple[str, ...], registry: Registry
+) -> None:
+    """Let a choice force its phases: a library all of them, a single kernel its own."""
+    exact = registry.kernels.get(choice.name)
+    if phase != "*" and exact is not None and exact.phase != phase:
+        raise UnknownKernelError(
+            f"{choice.source} asks for {choice.name!r} in the {phase} phase; it is a kernel of {exact.phase}",
+            name=choice.name,
+        )
+    for target in op.phases if phase == "*" else (phase,):
+        if target in phases and (exact is None or exact.phase == target):
+            forced[target] = choice
+
+
+def _from_argument(op: Op, kernel: Any) -> dict[str, Forced]:
+    if kernel is None:
+        return {}
+    pairs = kernel if isinstance(kernel, Mapping) else {"*": kernel}
+    for phase in pairs:
+        if phase != "*" and phase not in op.phases:
+            raise UnknownKernelError(
+                f"kernel={kernel!r}: op {op.name} has no phase {phase!r}; it has {', '.join(op.phases)}"
+            )
+    return {phase: Forced(str(name).strip().lower(), f"argument kernel={kernel!r}") for phase, name in pairs.items()}
+
+
+def _from_settings(op: Op, around: Circumstances, source: str) -> dict[str, Forced]:
+    keys = {f"op_{op.name}": "*", op.name: "*", **{f"{op.name}_{p}": p for p in op.phases}}
+    found = {}
+    for key, phase in keys.items():
+        value = around.settings.value(key)
+        if value.value is not None and value.source.startswith(source):
+            found[phase] = Forced(value.value, value.source)
+    return found
+
+
+def _decide_open_fields(jobs: Sequence[_Job], around: Circumstances) -> dict[str, Any]:
+    """Values for the fields left open with which all phases of all jobs together get their best kernels."""
+    fields = tuple(dict.fromkeys(f for job in jobs for f in job.open_fields()))
+    if not fields:
+        return {}
+    ceiling = _score(jobs, None, around)
+    best: dict[str, Any] = {}
+    best_score = (-1, -1)
+    for values in itertools.product(*(_values(f, jobs, around) for f in fields)):
+        candidate = dict(zip(fields, values, strict=True))
+        score = _score(jobs, candidate, around)
+        if score > best_score:
+            best, best_score = candidate, score
+        if score >= ceiling:
+            break
+    return best
+
+
+def _values(field: str, jobs: Sequence[_Job], around: Circumstances) -> tuple[Any, ...]:
+    """Preferred values first, then whatever the candidates' declarations name."""
+    preferred: list[Any] = []
+    declared: list[Any] = []
+    for job in (j for j in jobs if field in j.open_fields()):
+        preferred += job.request.rules()[field].preferred
+        kernels = [k for p in job.phases for k in around.registry.candidates(job.op.name, p) if field in k.fields]
+        declared += [v for k in kernels for v in k.fields[field].corners(job.request) if v != AUTO]
+    return tuple(dict.fromkeys((*preferred, *declared)))
+
+
+def _score(jobs: Sequence[_Job], values: Mapping[str, Any] | None, around: Circumstances) -> tuple[int, int]:
+    """How good the best kernels are: phases served first, then the sum of their priorities. None leaves fields open."""
+    served = 0
+    total = 0
+    for job in jobs:
+        request = job.request if values is None else job.with_values(values)
+        best = [_best_priority(job.op, p, request, job.forced.get(p), around) for p in job.phases]
+        served += sum(b is not None for b in best)
+        total += sum(b for b in best if b is not None)
+    return served, total
+
+
+def _best_priority(op: Op, phase: str, request: Request, forced: Forced | None, around: Circumstances) -> int | None:
+    for kernel in around.registry.candidates(op.name, phase):
+        if (forced is None or kernel.answers_to(forced.name)) and not why_not(kernel, request, around):
+            return kernel.priority
+    return None
+
+
+def _choose(
+    op: Op, phase: str, request: Request, forced: Forced | None, around: Circumstances, times: Measurements
+) -> PhaseChoice:
+    kernels = around.registry.candidates(op.name, phase)
+    reasons = {k.name: why_not(k, request, around) for k in kernels}
+    eligible = [k for k in kernels if not reasons[k.name]]
+    order, measured = times.order(eligible, request, around)
+    pool = [k for k in order if forced is None or k.answers_to(forced.name)]
+    chosen = pool[0] if pool else None
+    candidates = []
+    for kernel in sorted(kernels, key=lambda k: _rank(k, chosen, order, forced)):
+        why = list(reasons[kernel.name])
+        if forced is not None and not kernel.answers_to(forced.name):
+            why.append(Reason("not_forced", f"{forced.source} asks for {forced.name}", "setting"))
+        status = "chosen" if kernel is chosen else "refused" if why else "eligible"
+        candidates.append(_candidate(kernel, status, why, request, around, times))
+    return PhaseChoice(phase, chosen, tuple(candidates), forced, measured and forced is None)
+
+
+def _rank(kernel: Kernel, chosen: Kernel | None, order: list[Kernel], forced: Forced | None) -> tuple[Any, ...]:
+    """Order of showing: the chosen one, those that were asked for, those that could serve, the rest."""
+    asked = forced is not None and kernel.answers_to(forced.name)
+    place = order.index(kernel) if kernel in order else len(order)
+    return (kernel is not chosen, not asked, place, -kernel.priority, kernel.name)
+
+
+def _candidate(
+    kernel: Kernel, status: str, why: list[Reason], request: Request, around: Circumstances, times: Measurements
+) -> Candidate:
+    row = around.ledger_row(kernel, request)
+    evidence = f"{row.status} here {row.date}" if row else kernel.evidence_for(around.device)
+    notes = [
+        f"known to be slow: {e.summary} [{e.id}]" for e in errata_for(kernel, request, around) if e.severity == "slow"
+    ]
+    if kernel.copies:
+        notes.append(f"copies {kernel.copies}")
+    return Candidate(kernel, status, tuple(why), evidence, times.get(kernel, request, around), tuple(notes))
+
+
+def fallbacks(selection: Selection) -> Iterator[PhaseChoice]:
+    """The phases that a reference kernel was chosen for without being asked for."""
+    for choice in selection.choices.values():
+        if choice.kernel is not None and choice.kernel.band == Band.REFERENCE and choice.forced is None:
+            yield choice

@@ -1,0 +1,118 @@
+"""One numeric parser for every version there is: torch, CUDA, HIP, MUSA, drivers, Triton, packages.
+
+Parsing never raises. What cannot be read is an *unknown* version that keeps its text and a reason; comparing it is
+always false, and :meth:`Version.satisfies` answers ``None``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from typing import Any
+
+from packaging.specifiers import InvalidSpecifier, SpecifierSet
+from packaging.version import InvalidVersion
+from packaging.version import Version as _PublicVersion
+
+__all__ = ["Version"]
+
+_LEADING = re.compile(r"\s*v?(\d+(?:\.\d+)*)", re.ASCII | re.IGNORECASE)
+
+
+@functools.total_ordering
+@dataclasses.dataclass(frozen=True, eq=False)
+class Version:
+    """A version as numbers, with the text that it came from.
+
+    ``release`` holds the leading numbers (``(12, 10)`` for ``"12.10"``); trailing zeros do not matter to comparisons.
+    Texts outside PEP 440 (``12.8a``, ``6.4.43482-0f2d60242``) compare by their leading numbers.
+    """
+
+    text: str
+    release: tuple[int, ...] = ()
+    reason: str = ""
+    _public: _PublicVersion | None = dataclasses.field(default=None, repr=False)
+
+    @classmethod
+    def parse(cls, value: Any) -> Version:
+        """Read a version from a string, a number tuple, a ``Version`` or None. Never raises."""
+        if isinstance(value, Version):
+            return value
+        if value is None:
+            return cls("", reason="no version is given")
+        if isinstance(value, (tuple, list)):
+            value = ".".join(str(part) for part in value)
+        return _parse(str(value).strip())
+
+    @classmethod
+    def unknown(cls, reason: str) -> Version:
+        """A version that could not be found, and why."""
+        return cls("", reason=reason)
+
+    @property
+    def known(self) -> bool:
+        """Whether there is a number to compare."""
+        return self._public is not None
+
+    def satisfies(self, specifier: str) -> bool | None:
+        """Whether the version meets a specifier such as ``">=12.3,<14"``; ``None`` when it is unknown.
+
+        Pre-releases count as what they are: ``2.10.0a0`` comes before ``2.10``.
+
+        Raises:
+            ValueError: ``specifier`` is not a PEP 440 specifier.
+        """
+        wanted = _specifier(specifier)
+        return None if self._public is None else wanted.contains(self._public, prereleases=True)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Version):
+            return NotImplemented
+        if self._public is None or other._public is None:
+            return self._public is other._public and self.text == other.text
+        return self._public == other._public
+
+    def __lt__(self, other: Version) -> bool:
+        if not isinstance(other, Version):
+            return NotImplemented
+        return self._public is not None and other._public is not None and self._public < other._public
+
+    def __le__(self, other: Version) -> bool:
+        if not isinstance(other, Version):
+            return NotImplemented
+        return self._public is not None and other._public is not None and self._public <= other._public
+
+    def __gt__(self, other: Version) -> bool:
+        return NotImplemented if not isinstance(other, Version) else other < self
+
+    def __ge__(self, other: Version) -> bool:
+        return NotImplemented if not isinstance(other, Version) else other <= self
+
+    def __hash__(self) -> int:
+        return hash(self.text if self._public is None else self._public)
+
+    def __str__(self) -> str:
+        return self.text if self.known else "unknown"
+
+
+@functools.lru_cache(maxsize=1024)
+def _parse(text: str) -> Version:
+    match = _LEADING.match(text)
+    if match is None:
+        return Version(text, reason=f"no number at the start of {text!r}" if text else "the version is empty")
+    if len(match[1]) > 200:
+        return Version(text, reason="the version is longer than any real one")
+    try:
+        public = _PublicVersion(text)
+    except InvalidVersion:
+        public = _PublicVersion(match[1])
+    return Version(text, public.release, _public=public)
+
+
+@functools.lru_cache(maxsize=1024)
+def _specifier(text: str) -> SpecifierSet:
+    try:
+        return SpecifierSet(text)
+    except InvalidSpecifier as error:
+        raise ValueError(f"{text!r} is not a version specifier such as '>=12.3,<14'") from error

@@ -1,0 +1,127 @@
+"""Requests: the full, frozen description of what a caller needs from an op.
+
+A request is a frozen dataclass whose fields say how kernels must treat them:
+
+* a **required** field must be constrained by every kernel whose phase it applies to; a kernel that forgets it is
+  rejected when it is registered;
+* a **feature** field has a neutral value; any other value is refused by a kernel that does not declare the field.
+
+So nothing that a caller asks for can be dropped by a kernel that has never heard of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any, ClassVar, TypeVar
+
+__all__ = ["AUTO", "FieldRule", "Request", "feature", "required"]
+
+AUTO = "auto"
+"""Value of a field that the selection is asked to choose (``page_size``, ``kv_layout``)."""
+
+_RULE = "hal"
+R = TypeVar("R", bound="Request")
+
+
+@dataclasses.dataclass(frozen=True)
+class FieldRule:
+    """How selection treats one field of a request.
+
+    ``neutral`` is the value that needs no declaration (a callable is given the request); ``phases`` limits the rule to
+    those phases of the op; ``code`` is the reason code of a refusal; ``preferred`` lists the values tried, in order,
+    when the field is left to the selection (``AUTO``).
+    """
+
+    required: bool
+    neutral: Any = None
+    phases: tuple[str, ...] | None = None
+    code: str = "feature_unsupported"
+    preferred: tuple[Any, ...] = ()
+
+    def applies(self, phase: str) -> bool:
+        return self.phases is None or phase in self.phases
+
+
+def required(
+    *,
+    default: Any = dataclasses.MISSING,
+    phases: tuple[str, ...] | None = None,
+    code: str = "feature_unsupported",
+    preferred: tuple[Any, ...] = (),
+) -> Any:
+    """A dataclass field that every kernel must constrain."""
+    rule = FieldRule(True, None, phases, code, preferred)
+    return dataclasses.field(default=default, metadata={_RULE: rule})
+
+
+def feature(
+    neutral: Any,
+    *,
+    default: Any = dataclasses.MISSING,
+    phases: tuple[str, ...] | None = None,
+    code: str = "feature_unsupported",
+) -> Any:
+    """A dataclass field that a kernel may leave undeclared only while it holds its neutral value."""
+    start = (None if callable(neutral) else neutral) if default is dataclasses.MISSING else default
+    return dataclasses.field(default=start, metadata={_RULE: FieldRule(False, neutral, phases, code)})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """Base of every op's request. Hashable; values are normalised in ``__post_init__``, once."""
+
+    op: ClassVar[str]
+    derived: ClassVar[tuple[str, ...]] = ()
+    """Names of properties that kernels may constrain as if they were fields."""
+
+    @classmethod
+    @cache
+    def rules(cls) -> Mapping[str, FieldRule]:
+        """Field name to rule, for the fields that selection looks at."""
+        return {f.name: f.metadata[_RULE] for f in dataclasses.fields(cls) if _RULE in f.metadata}
+
+    def is_neutral(self, name: str) -> bool:
+        """Whether the field ``name`` holds the value that needs no declaration."""
+        neutral = self.rules()[name].neutral
+        return bool(getattr(self, name) == (neutral(self) if isinstance(neutral, Callable) else neutral))  # type: ignore[arg-type]
+
+    def replace(self: R, **changes: Any) -> R:
+        """A copy with some fields changed, normalised again."""
+        return dataclasses.replace(self, **changes)
+
+    def resolved(self: R, capabilities: frozenset[str]) -> R:
+        """The request with names that depend on the device (such as a bare ``fp8``) made exact."""
+        return self
+
+    def open_fields(self) -> tuple[str, ...]:
+        """Names of the fields left to the selection."""
+        return tuple(name for name in self.rules() if getattr(self, name) == AUTO)
+
+    def corner(self, phase: str) -> dict[str, Any]:
+        """The part of the request that decides which code path a kernel takes, for the ledger."""
+        return {
+            name: getattr(self, name) if rule.required else not self.is_neutral(name)
+            for name, rule in self.rules().items()
+            if rule.applies(phase)
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready values of every field."""
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+    def digest(self) -> str:
+        """A short stable hash of the request, the same in every process."""
+        text = json.dumps({"op": self.op, **self.as_dict()}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def describe(self) -> str:
+        """One line for people."""
+        return ", ".join(f"{name} {_plain(getattr(self, name))}" for name in self.rules())
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(v) for v in value] if isinstance(value, tuple) else value

@@ -1,0 +1,104 @@
+"""What an implementation of attention receives and returns.
+
+Public semantics (shapes, masks, numerics) are those of ``docs/attention.md``; this module is the part that kernels see.
+
+**prefill**: ``factory(request, device) -> fn`` with ::
+
+    fn(q, k, v, *, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
+       sinks=None, alibi_slopes=None, return_lse=False) -> out | (out, lse)
+
+Dense without ``cu_seqlens_*``: q ``[batch, q_len, num_q_heads, head_dim]``, k and v with ``num_kv_heads``. Ragged with
+them: ``[tokens, heads, dim]``, int32 cumulative lengths in tokens on q's device, and host maxima.
+
+**extend**, **decode**: ``factory(request, device) -> impl``, an object with ``impl.plan(step) -> payload`` (what this
+kernel wants to know about the step; may be None; no device synchronisation) and ::
+
+    impl(q, k_cache, v_cache, step, payload, *, sinks=None, alibi_slopes=None, k_scale=None, v_scale=None,
+         return_lse=False) -> out | (out, lse)
+
+q is ``[tokens, num_q_heads, head_dim]``; the caches are in ``request.kv_layout``; the last ``q_len`` tokens of a row's
+``kv_len`` are this step's, already written.
+
+``out`` has q's dtype and ``v_head_dim``; ``lse`` is float32 ``[batch, q_len, num_q_heads]`` or
+``[tokens, num_q_heads]``, the natural log of the softmax denominator (the sink included). ``sinks`` and
+``alibi_slopes`` are float32 ``[num_q_heads]``. ``k_scale`` and ``v_scale`` are None (1.0), or float32 tensors of one
+element or ``[num_kv_heads]``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["PagedAttention", "PrefillAttention", "Step"]
+
+
+@dataclasses.dataclass(slots=True)
+class Step:
+    """One step's metadata in neutral form, made once and shared by every layer.
+
+    Fields:
+        batch: rows. num_tokens: sum of ``q_lens``. max_q_len, max_kv_len: host maxima, in tokens.
+        q_lens, kv_lens_host: host lengths in tokens, a row each; ``kv_lens_host`` includes this step's tokens.
+        cu_seqlens_q, cu_seqlens_k: int32 ``[batch + 1]`` on the device, in tokens, from 0 to the sum.
+        kv_lens: int32 ``[batch]`` on the device.
+        block_table: int32 ``[batch, max_pages]`` on the device; entries past a row's last page may hold anything.
+        slot_mapping: int64 ``[num_tokens]``: ``page * page_size + offset`` of each new token; negative is skipped.
+        page_size: tokens a page.
+    """
+
+    batch: int
+    num_tokens: int
+    max_q_len: int
+    max_kv_len: int
+    q_lens: tuple[int, ...]
+    kv_lens_host: tuple[int, ...]
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    kv_lens: Tensor
+    block_table: Tensor
+    slot_mapping: Tensor
+    page_size: int
+
+
+class PrefillAttention(Protocol):
+    """Callable of the prefill phase."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
+        max_seqlen_q: int | None = None,
+        max_seqlen_k: int | None = None,
+        sinks: Tensor | None = None,
+        alibi_slopes: Tensor | None = None,
+        return_lse: bool = False,
+    ) -> Any: ...
+
+
+class PagedAttention(Protocol):
+    """Callable and planner of the extend and decode phases."""
+
+    def plan(self, step: Step) -> Any: ...
+
+    def __call__(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        step: Step,
+        payload: Any,
+        *,
+        sinks: Tensor | None = None,
+        alibi_slopes: Tensor | None = None,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
+        return_lse: bool = False,
+    ) -> Any: ...
