@@ -1,0 +1,1 @@
+"""Sentence search with MiniLM, its attention called ragged, without any padding."""
