@@ -48,6 +48,7 @@ _EXPORTS = {
     "Setting": "_settings",
     "Version": "_version",
     "Windows": "_constraints",
+    "Workspace": "_workspace",
     "assert_same_decisions": "_lock",
     "device": "_devices",
     "devices": "_devices",
@@ -64,6 +65,7 @@ _EXPORTS = {
     "select": "_selection",
     "simulate": "_simulate",
     "torch_build": "_libraries",
+    "workspace": "_workspace",
     "write_lock": "_lock",
 }
 
@@ -101,6 +103,7 @@ __all__ = [
     "Setting",
     "Version",
     "Windows",
+    "Workspace",
     "assert_same_decisions",
     "device",
     "devices",
@@ -119,6 +122,7 @@ __all__ = [
     "simulate",
     "testing",
     "torch_build",
+    "workspace",
     "write_lock",
 ]
 
@@ -175,6 +179,8 @@ if TYPE_CHECKING:
     from hal._settings import override as override
     from hal._simulate import simulate as simulate
     from hal._version import Version as Version
+    from hal._workspace import Workspace as Workspace
+    from hal._workspace import workspace as workspace
 
 
 def __getattr__(name: str) -> Any:

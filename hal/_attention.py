@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hal_ops import is_fp8, torch_dtype
 from hal_ops.attention import AttentionRequest, Step
 
-from hal import _inputs, _kv_cache
+from hal import _inputs, _kv_cache, _same
 from hal._kernel import Band
 from hal._kv_cache import KVCache
 from hal._plan import Buffers, Plan, make_step
@@ -46,10 +46,8 @@ class Attention:
         self._write = write
         self._debug_checks = debug_checks
         self._torch_device = selection.device.torch_device()
-        self._device_index = -1 if self._torch_device.index is None else self._torch_device.index
         self._dtype = torch_dtype(self.request.dtype)
-        self._seen: tuple[Any, Any, Any] = (None, None, None)
-        self._plain = self._prefill is not None and not (self.request.sinks or self.request.alibi)
+        self._same: _same.Same = _same.never
 
     def __call__(
         self,
@@ -89,19 +87,9 @@ class Attention:
             PlanMismatchError: the plan was made by another handle.
         """
         if (
-            self._plain
-            and cu_seqlens_q is None
-            and plan is None
-            and k is not None
-            and v is not None
-            and (q.shape, k.shape, v.shape) == self._seen
-            and q.dtype is k.dtype is v.dtype is self._dtype
-            and q.get_device() == k.get_device() == v.get_device() == self._device_index
+            plan is cu_seqlens_q is cache is cu_seqlens_k is sinks is alibi_slopes is None  # type: ignore[comparison-overlap]
             and not return_lse
-            and sinks is None
-            and alibi_slopes is None
-            and cache is None
-            and cu_seqlens_k is None
+            and self._same(q, k, v)
         ):
             return self._prefill(q, k, v)  # type: ignore[misc]
         extras = _inputs.check_extras(self, sinks, alibi_slopes, return_lse)
@@ -112,7 +100,8 @@ class Attention:
             raise InputError("k and v are missing: give them, or a cache and a plan")
         if cu_seqlens_q is None and cu_seqlens_k is None:
             _inputs.check_dense(self, q, k, v)
-            self._seen = (q.shape, k.shape, v.shape)
+            if not extras:
+                self._same = _same.like(q, k, v)
             return self._fresh()(q, k, v, **extras)
         lengths = _inputs.check_ragged(self, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         return self._fresh()(q, k, v, **lengths, **extras)
@@ -146,8 +135,9 @@ class Attention:
         if k is None or v is None:
             run, payload = plan._paged()
             return run(q, cache.k, cache.v, step, payload, k_scale=cache.k_scale, v_scale=cache.v_scale, **extras)
+        slots = step.slot_mapping if plan._buffers is None else step.slot_mapping[: k.shape[0]]
         if plan.write == "before":
-            self._write(k, v, cache.k, cache.v, step.slot_mapping, k_scale=cache.k_scale, v_scale=cache.v_scale)
+            self._write(k, v, cache.k, cache.v, slots, k_scale=cache.k_scale, v_scale=cache.v_scale)
             return plan._run(
                 q, cache.k, cache.v, step, plan._payload, k_scale=cache.k_scale, v_scale=cache.v_scale, **extras
             )
@@ -156,7 +146,7 @@ class Attention:
             cu_seqlens_q=step.cu_seqlens_q, cu_seqlens_k=step.cu_seqlens_q,
             max_seqlen_q=step.max_q_len, max_seqlen_k=step.max_q_len, **extras,
         )  # fmt: skip
-        self._write(k, v, cache.k, cache.v, step.slot_mapping, k_scale=cache.k_scale, v_scale=cache.v_scale)
+        self._write(k, v, cache.k, cache.v, slots, k_scale=cache.k_scale, v_scale=cache.v_scale)
         return out
 
     def plan(
@@ -263,6 +253,16 @@ class Attention:
     def receipt(self) -> dict[str, Any]:
         """The decision as JSON-ready data; see :func:`hal.write_lock`."""
         return self.selection.receipt()
+
+    def implementation(self, phase: str) -> Any:
+        """The chosen kernel's own callable for a phase, without any check; see ``hal_ops.attention.contract``.
+
+        Raises:
+            InputError: the handle was not made for this phase.
+        """
+        if phase not in self._implementations:
+            raise InputError(f"this handle was made for {', '.join(self._implementations)}, not for {phase!r}")
+        return self._implementations[phase]
 
     def kernels(self) -> dict[str, str]:
         """Phase to the name of its kernel; ``"write"`` is the cache write."""

@@ -13,7 +13,7 @@ from hal._device import Device, Evidence, Probe
 from hal._platform import Platform
 from hal._registry import Registry
 from hal._simulate import parse_devices, simulated
-from hal.errors import DeviceError, HalError, did_you_mean
+from hal.errors import DeviceError, VisibilityError, did_you_mean
 
 __all__ = ["device", "devices", "probe_report"]
 
@@ -36,7 +36,8 @@ def devices(platform: str | None = None) -> tuple[Device, ...]:
         _known_platform(platform, registry)
     found = _simulated(registry)
     if found is None:
-        found = tuple(d for name in _by_rank(registry) for d in _probe(registry.platforms[name], registry).devices)
+        asked = _by_rank(registry) if platform is None else [platform]
+        found = tuple(d for name in asked for d in _probe(registry.platforms[name], registry).devices)
     return tuple(d for d in found if platform is None or d.platform == platform)
 
 
@@ -99,21 +100,33 @@ def _simulated_text(text: str, registry: Registry) -> tuple[Device, ...]:
 def _probe(platform: Platform, registry: Registry) -> Probe:
     key = (registry.generation, platform.name, *(os.environ.get(name) for name in platform.visibility))
     if key not in _probes:
-        _probes[key] = _ask(platform)
+        _probes[key] = _ask(platform, registry)
     return _probes[key]
 
 
-def _ask(platform: Platform) -> Probe:
+def _ask(platform: Platform, registry: Registry) -> Probe:
     try:
-        return platform.probe(dict(os.environ))
-    except HalError:
+        return _checked(platform, platform.probe(dict(os.environ)))
+    except VisibilityError:
         raise
     except Exception as error:
         text = f"probe failed: {type(error).__name__}: {error}"
-        if _settings.current()["platform"] == platform.name:
-            raise DeviceError(f"platform {platform.name!r} was asked for, and its {text}") from error
+        settings = _settings.current()
+        if platform.name in (settings["platform"], *settings["plugins"]):
+            source = registry.sources[f"platform:{platform.name}"]
+            raise DeviceError(f"plugin {source} was asked for, and its {text}") from error
         log.warning("platform %s: %s", platform.name, text, exc_info=True)
         return Probe((), (Evidence(platform.name, text, remedy="`hal doctor` shows every probe"),))
+
+
+def _checked(platform: Platform, answer: Any) -> Probe:
+    """The answer of a probe, if the rest of HAL can rely on it."""
+    if not isinstance(answer, Probe):
+        raise TypeError(f"probe() gave {answer!r}, and not a hal.Probe")
+    for found in answer.devices:
+        if not isinstance(found, Device) or found.platform != platform.name:
+            raise TypeError(f"probe() gave {found!r}, which is no hal.Device of platform {platform.name!r}")
+    return answer
 
 
 def _default(index: int | None) -> Device:
@@ -128,7 +141,7 @@ def _default(index: int | None) -> Device:
     _warn_passed_over(found, best)
     mine = [d for d in usable if d.platform == best.platform]
     if index is None:
-        index = _current_index(best.torch_type)
+        index = current_index(best.torch_type)
         return next((d for d in mine if d.index == index), mine[0])
     return _pick(mine, best.platform, index)
 
@@ -154,7 +167,7 @@ def _warn_passed_over(found: list[Device], best: Device) -> None:
             log.warning("%s cannot be used (%s); the default device is %s", passed, passed.unusable, best)
 
 
-def _current_index(torch_type: str) -> int:
+def current_index(torch_type: str) -> int:
     """The ordinal that torch calls current, if its runtime is up already; asking must not start it."""
     backend = getattr(sys.modules.get("torch"), torch_type, None)
     initialised = getattr(backend, "is_initialized", None)
@@ -170,14 +183,14 @@ def _named(text: str) -> Device:
             f"{text!r} names no device: write a platform or torch device type and an index, such as 'cpu:0'"
         )
     registry = _plugins.registry()
-    found = devices()
+    found = devices(name if name in registry.platforms else None)
     mine = [d for d in found if d.platform == name]
     if not mine and name not in registry.platforms:
         mine = _of_torch_type(name, found)
     if not mine:
         known = {*registry.platforms, *(d.torch_type for d in found)}
         raise _no_device(f"There is no device {text!r}.{did_you_mean(name, known - {name})}")
-    return _pick(mine, name, int(index) if index else _current_index(mine[0].torch_type))
+    return _pick(mine, name, int(index) if index else current_index(mine[0].torch_type))
 
 
 def _of_torch_type(name: str, found: tuple[Device, ...]) -> list[Device]:
@@ -199,16 +212,21 @@ def _pick(mine: list[Device], name: str, index: int) -> Device:
 def _known_platform(name: str, registry: Registry) -> None:
     if name not in registry.platforms:
         known = sorted(registry.platforms)
-        raise DeviceError(f"no platform is called {name!r}.{did_you_mean(name, known)} Installed: {', '.join(known)}")
+        what = f"no platform is called {name!r}.{did_you_mean(name, known)} Installed: {', '.join(known)}"
+        raise DeviceError("\n".join([what, *_left_out()]))
+
+
+def _left_out() -> list[str]:
+    """A line for each plugin that takes no part, and why."""
+    return [
+        f"  plugin {p.name} ({p.distribution} {p.version}) {p.status}" + (f": {p.error}" if p.error else "")
+        for p in _plugins.plugins()
+        if p.status != "loaded"
+    ]
 
 
 def _no_device(what: str) -> DeviceError:
     report = probe_report()
     lines = [f"  {name}: {e}" for name, probe in report.items() for e in probe.evidence]
     lines += [f"  {d}: {d.unusable}" for probe in report.values() for d in probe.devices if d.unusable]
-    lines += [
-        f"  plugin {p.name} ({p.distribution}): {p.status}: {p.error}"
-        for p in _plugins.plugins()
-        if p.status == "failed"
-    ]
-    return DeviceError("\n".join([f"{what} What each probe saw:", *lines]), evidence=report)
+    return DeviceError("\n".join([f"{what} What each probe saw:", *lines, *_left_out()]), evidence=report)

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hal_ops import AUTO, Request
 
 from hal._device import Device
-from hal._errata import Erratum
 from hal._kernel import Band, Kernel, Needs
 from hal._ledger import Ledger, Row
 from hal._libraries import installed
@@ -20,6 +19,9 @@ from hal._reason import Reason
 from hal._registry import Registry
 from hal._settings import Settings
 from hal._version import Version
+
+if TYPE_CHECKING:
+    from hal._errata import Erratum
 
 __all__ = ["Circumstances", "why_not"]
 
@@ -49,7 +51,7 @@ def why_not(kernel: Kernel, request: Request, around: Circumstances) -> list[Rea
         *_hardware(kernel, around),
         *_libraries(kernel, around),
         *_fields(kernel, request),
-        *(kernel.check(request, around.device) if kernel.check else ()),
+        *_own_check(kernel, request, around),
     ]
 
 
@@ -191,6 +193,19 @@ def _fields(kernel: Kernel, request: Request) -> Iterator[Reason]:
     for name in request.derived:
         if name in kernel.fields and not kernel.fields[name].admits(getattr(request, name), request):
             yield _not_allowed(kernel, name, getattr(request, name), "feature_unsupported")
+
+
+def _own_check(kernel: Kernel, request: Request, around: Circumstances) -> Iterator[Reason]:
+    """What the kernel's own ``check`` says. One that is broken refuses its kernel, and hides no other."""
+    if kernel.check is None:
+        return
+    try:
+        for reason in kernel.check(request, around.device):
+            if not isinstance(reason, Reason):
+                raise TypeError(f"it gave {reason!r}, and not a hal.Reason")
+            yield reason
+    except Exception as error:  # noqa: BLE001 - becomes the kernel's reason
+        yield Reason("plugin_failed", f"check() of {kernel.name} failed: {type(error).__name__}: {error}", "library")
 
 
 def _not_allowed(kernel: Kernel, name: str, value: Any, code: str) -> Reason:

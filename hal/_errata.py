@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -126,13 +126,3 @@ def _condition(value: Any, where: str) -> Constraint:
     if isinstance(value, dict) and value and set(value) <= {"min", "max"}:
         return Range(value.get("min"), value.get("max"))
     raise RegistrationError(f"{where}: give a list of values, or an object with min, max or multiple_of")
-
-
-def unique(errata: Iterable[Erratum]) -> tuple[Erratum, ...]:
-    """The rows, refusing two with one id."""
-    rows: dict[str, Erratum] = {}
-    for row in errata:
-        if row.id in rows and rows[row.id] != row:
-            raise RegistrationError(f"two errata have the id {row.id!r}", name=row.id)
-        rows[row.id] = row
-    return tuple(rows.values())

@@ -14,13 +14,15 @@ from hal_ops.kv_cache import KvCacheWriteRequest
 from hal import _devices, _libraries, _plugins, _selection, _settings, _simulate
 from hal._attention import Attention, check_needs_cache
 from hal._bind import bind
+from hal._registry import Registry
 from hal._selection import Selection
 from hal.errors import InputError, did_you_mean
 
 __all__ = ["BoundOp", "get_attention", "get_attentions", "get_op", "receipts"]
 
 _handles: dict[Any, Any] = {}
-_receipts: dict[tuple[str, str, str], dict[str, Any]] = {}
+_decided: dict[tuple[str, str, str], Selection] = {}
+_states: dict[Any, tuple[tuple[str, ...], tuple[str, ...]]] = {}
 _lock = threading.RLock()
 
 
@@ -212,20 +214,27 @@ def _request(cls: type[Request], name: str, fields: Mapping[str, Any]) -> Reques
 
 
 def _key(name: str, fields: Mapping[str, Any], device: Any, kernel: Any) -> Any:
-    """Everything that decides a handle, or None when that cannot be hashed."""
+    """Everything that decides a handle, or None when that cannot be hashed. Cheap: it is made at every call."""
     forced = tuple(sorted(kernel.items())) if isinstance(kernel, Mapping) else kernel
     device = getattr(device, "device", device)
-    registry = _plugins.registry()
-    seen = tuple(os.environ.get(v) for p in registry.platforms.values() for v in p.visibility)
-    state = (registry.generation, _settings.fingerprint(), _simulate.simulated(), _libraries.simulating(), seen)
-    if device is None:
-        device = _devices.device().id
-    key = (name, tuple(fields.items()), device, forced, state)
+    state = (_settings.fingerprint(), _simulate.simulated(), _libraries.simulating(), _plugins.temporary())
     try:
+        if state not in _states:
+            _states[state] = _state_of(_plugins.registry())
+        variables, torch_types = _states[state]
+        current = () if device is not None else tuple(map(_devices.current_index, torch_types))
+        key = (name, tuple(fields.items()), device, forced, state, tuple(map(os.environ.get, variables)), current)
         hash(key)
     except TypeError:
         return None
     return key
+
+
+def _state_of(registry: Registry) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the visibility variables, and the torch device types that have a current device."""
+    platforms = registry.platforms.values()
+    variables = dict.fromkeys(name for p in platforms for name in p.visibility)
+    return tuple(variables), tuple(dict.fromkeys(p.torch_type for p in platforms if p.torch_type != "cpu"))
 
 
 def _remember(key: Any, handle: Any) -> None:
@@ -236,17 +245,18 @@ def _remember(key: Any, handle: Any) -> None:
 
 
 def _keep_receipt(selection: Selection) -> None:
-    kept = selection.receipt()
+    key = (selection.asked.digest(), selection.device.platform, selection.device.arch.name)
     with _lock:
-        _receipts[(kept["request_digest"], kept["platform"], kept["arch"])] = kept
+        _decided[key] = selection
 
 
 def receipts() -> tuple[dict[str, Any], ...]:
     """The receipts of every handle made in this process, for :func:`hal.write_lock` and rank checks."""
-    return tuple(_receipts.values())
+    return tuple(selection.receipt() for selection in _decided.values())
 
 
 def forget() -> None:
     """Drop the handles and receipts that were kept."""
     _handles.clear()
-    _receipts.clear()
+    _states.clear()
+    _decided.clear()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import tempfile
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -30,7 +29,10 @@ FORMAT = 1
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One result: ``status`` is ``"verified"`` or ``"failed"``; ``corner`` is ``Request.corner(phase)``."""
+    """One result: ``status`` is ``"verified"`` or ``"failed"``; ``corner`` is ``Request.corner(phase)``.
+
+    ``request`` is what was run, as ``Request.as_dict()``, so that a failure can be tried again.
+    """
 
     kernel: str
     key: dict[str, str]
@@ -38,11 +40,14 @@ class Row:
     status: str
     detail: str = ""
     date: str = ""
+    request: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def covers(self, request: Request, phase: str) -> bool:
-        """Whether the request lies in the row's corner; fields left to the selection fit any."""
+        """Whether the request lies in the row's corner. A field left to the selection may become what was verified;
+        what failed rules out one value of it only."""
         mine = request.corner(phase)
-        return all(mine.get(name) in (AUTO, value) for name, value in self.corner.items())
+        allowed = (AUTO,) if self.status == "verified" else ()
+        return all(mine.get(name) in (*allowed, value) for name, value in self.corner.items())
 
 
 def identity(kernel: Kernel, device: Device) -> dict[str, str]:
@@ -66,7 +71,7 @@ class Ledger:
             HalError: the file is damaged; its text says what to do.
         """
         try:
-            stamp = os.stat(self.path).st_mtime_ns
+            stamp = file_stamp(self.path)
         except OSError:
             return ()
         return _rows(self.path, stamp)
@@ -89,7 +94,7 @@ class Ledger:
 
 
 @lru_cache(maxsize=8)
-def _rows(path: Path, stamp: int) -> tuple[Row, ...]:
+def _rows(path: Path, stamp: tuple[int, ...]) -> tuple[Row, ...]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data["format"] != FORMAT:
@@ -99,8 +104,16 @@ def _rows(path: Path, stamp: int) -> tuple[Row, ...]:
         raise HalError(f"the ledger {path} is damaged ({error}): delete it and run `hal verify` again") from error
 
 
+def file_stamp(path: Path) -> tuple[int, ...]:
+    """What tells one version of a file from the next, even where two are written within one tick of the clock."""
+    state = os.stat(path)
+    return state.st_mtime_ns, state.st_ino, state.st_size
+
+
 def write_json(path: Path, data: Any) -> None:
     """Replace a file by JSON, whole or not at all."""
+    import tempfile
+
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
         json.dump(data, file, indent=1, sort_keys=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +17,7 @@ from hal_ops import Request
 
 from hal._eligibility import Circumstances
 from hal._kernel import Kernel
-from hal._ledger import identity, write_json
+from hal._ledger import file_stamp, identity, write_json
 from hal.errors import HalError
 
 __all__ = ["MARGIN", "Measurement", "Measurements", "request_key"]
@@ -58,7 +57,7 @@ class Measurements:
             HalError: the file is damaged; its text says what to do.
         """
         try:
-            stamp = os.stat(self.path).st_mtime_ns
+            stamp = file_stamp(self.path)
         except OSError:
             return ()
         return _rows(self.path, stamp)
@@ -73,12 +72,16 @@ class Measurements:
         if len(eligible) < 2 or around.settings["tune"] == "off" or around.device.simulated or not self.rows():
             return eligible, False
         first = self._find(eligible[0], request, around)
-        rows = [(k, row) for k in eligible[1:] if (row := self._find(k, request, around)) is not None]
+        rows = [
+            (k, row)
+            for k in eligible[1:]
+            if (row := self._find(k, request, around)) is not None and _verified(k, request, around)
+        ]
         if first is None or not rows:
             return eligible, False
         winner, row = min(rows, key=lambda pair: (pair[1].microseconds, pair[0].name))
         gain = first.microseconds - row.microseconds
-        if gain <= max(MARGIN * first.microseconds, first.spread, row.spread) or not _verified(winner, request, around):
+        if gain <= max(MARGIN * first.microseconds, first.spread, row.spread):
             return eligible, False
         return [winner, *(k for k in eligible if k is not winner)], True
 
@@ -103,7 +106,7 @@ def _verified(kernel: Kernel, request: Request, around: Circumstances) -> bool:
 
 
 @lru_cache(maxsize=8)
-def _rows(path: Path, stamp: int) -> tuple[Measurement, ...]:
+def _rows(path: Path, stamp: tuple[int, ...]) -> tuple[Measurement, ...]:
     try:
         data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if data["format"] != FORMAT:

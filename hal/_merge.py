@@ -26,7 +26,7 @@ def merge_attention_states(
     """
     op = get_op(
         "merge_attention_states",
-        num_q_heads=out_a.shape[-2],
+        num_heads=out_a.shape[-2],
         v_head_dim=out_a.shape[-1],
         dtype=str(out_a.dtype).removeprefix("torch."),
         device=out_a.device,

@@ -43,7 +43,7 @@ class NearMiss:
         """JSON-ready facts."""
         return {
             "kernels": list(self.kernels),
-            "changes": dict(self.changes),
+            "changes": {f: list(v) if isinstance(v, tuple) else v for f, v in self.changes},
             "install": list(self.install),
             "first": self.first,
         }
@@ -79,7 +79,12 @@ def _smallest_change(
     changed = _fitted(kernel, request, around)
     if changed is None:
         return None
-    changes = tuple((f, getattr(changed, f)) for f in rules if getattr(changed, f) != getattr(request, f))
+    moved = (f for f in rules if getattr(changed, f) != getattr(request, f))
+    changes = tuple(
+        (f, getattr(changed, f))
+        for f in moved
+        if rules[f].required or not changed.is_neutral(f) or not request.is_neutral(f)
+    )
     return (changes, install) if changes or install else None
 
 

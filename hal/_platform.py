@@ -92,6 +92,8 @@ class Platform(ABC):
 
 
 def _check_contract(cls: type[Platform]) -> None:
+    if isinstance(cls.api, int) and cls.api != PLUGIN_API:
+        return  # written for another contract: the loader refuses it, and says which side to upgrade
     problems = []
     if not _NAME.match(cls.name):
         problems.append(f"name={cls.name!r} must be lower-case letters, digits and '_', starting with a letter")

@@ -16,10 +16,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from hal import _settings
-from hal._errata import load_errata, unique
 from hal._platform import PLUGIN_API, Platform
 from hal._registry import Registry, Source
-from hal.errors import HalError, PluginError, SettingError, did_you_mean
+from hal.errors import PluginError, SettingError, did_you_mean
 
 __all__ = ["GROUP", "PluginRecord", "plugins", "registry"]
 
@@ -29,6 +28,7 @@ RESERVED = ("cpu", "portable")
 log = logging.getLogger("hal")
 _lock = threading.RLock()
 _extra: dict[str, type[Platform]] = {}
+_reported: set[tuple[Source, str]] = set()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,18 +56,24 @@ def registry() -> Registry:
         PluginError: two distributions give one plugin name, or a plugin that was asked for by name failed.
         SettingError: a setting names an unknown plugin.
     """
-    return _built(*_key())[0]
+    return _state()[0]
 
 
 def plugins() -> tuple[PluginRecord, ...]:
     """What became of every plugin there is."""
-    return _built(*_key())[1]
+    return _state()[1]
+
+
+def _state() -> tuple[Registry, tuple[PluginRecord, ...]]:
+    with _lock:  # threads that come at once share one registry, and one warning
+        return _built(*_key())
 
 
 def forget() -> None:
     """Read entry points anew at the next use."""
     _built.cache_clear()
     _discover.cache_clear()
+    _reported.clear()
 
 
 @contextlib.contextmanager
@@ -82,10 +88,15 @@ def temporary_plugin(name: str, platform: type[Platform]) -> Iterator[None]:
         del _extra[name]
 
 
+def temporary() -> tuple[tuple[str, type[Platform]], ...]:
+    """The plugins added to this process, as a hashable key."""
+    return tuple(_extra.items())
+
+
 def _key() -> tuple[tuple[str, ...], str | None, str, Any, tuple[tuple[str, type[Platform]], ...]]:
     settings = _settings.current()
     platform = settings.value("platform")
-    return settings["plugins"], platform.value, platform.source, settings["errata"], tuple(_extra.items())
+    return settings["plugins"], platform.value, platform.source, settings["errata"], temporary()
 
 
 @functools.lru_cache(maxsize=32)
@@ -96,43 +107,57 @@ def _built(
     errata: Any,
     extra: tuple[tuple[str, type[Platform]], ...],
 ) -> tuple[Registry, tuple[PluginRecord, ...]]:
-    with _lock:
-        found = [*_discover(), *(_Found(n, (lambda c=cls: c), Source(n, f"{n}-plugin", "0")) for n, cls in extra)]
-        allowed, denied = _allowed(names, [f.name for f in found])
-        named = set(allowed) | ({platform} if platform else set())
-        _check_platform(platform, source, [f.name for f in found])
-        built, records = _load([f for f in found if f.name not in denied], named)
-        records += [
-            PluginRecord(f.name, f.source.distribution, f.source.version, "denied") for f in found if f.name in denied
-        ]
-        if errata is not None:
-            built.errata = unique((*built.errata, *load_errata(errata)))
-        return built, tuple(sorted(records, key=lambda r: r.name))
+    given = [_Found(n, (lambda c=cls: c), Source(n, f"{n}-plugin", "0")) for n, cls in extra]
+    found = _unique([*_discover(), *given])
+    allowed, denied = _allowed(names, [f.name for f in found])
+    named = set(allowed) | ({platform} if platform else set())
+    _check_platform(platform, source, [f.name for f in found])
+    built, records = _load([f for f in found if f.name not in denied], named)
+    records += [
+        PluginRecord(f.name, f.source.distribution, f.source.version, "denied") for f in found if f.name in denied
+    ]
+    if errata is not None:
+        from hal._errata import load_errata
+
+        built.add_errata(load_errata(errata))
+    return built, tuple(sorted(records, key=lambda r: r.name))
 
 
 @functools.lru_cache(maxsize=1)
 def _discover() -> tuple[_Found, ...]:
     """Entry points by name, each with its distribution; nothing is imported."""
-    found: dict[str, _Found] = {}
+    found = []
     for entry in sorted(importlib.metadata.entry_points(group=GROUP), key=lambda e: e.name):
         dist = entry.dist
         source = Source(entry.name, dist.metadata["Name"] if dist else "", dist.version if dist else "")
-        other = found.get(entry.name)
-        if other is not None and other.source != source:
+        found.append(_Found(entry.name, entry.load, source))
+    return tuple(found)
+
+
+def _unique(found: list[_Found]) -> list[_Found]:
+    """The plugins, each name once.
+
+    Raises:
+        PluginError: two distributions bring one name, or one brings a reserved name.
+    """
+    by_name: dict[str, _Found] = {}
+    for plugin in found:
+        name, source = plugin.name, plugin.source
+        other = by_name.setdefault(name, plugin)
+        if other.source != source:
             raise PluginError(
-                f"two distributions bring a plugin called {entry.name!r}: {other.source.distribution} and "
+                f"two distributions bring a plugin called {name!r}: {other.source.distribution} and "
                 f"{source.distribution}; uninstall one of them",
-                plugin=entry.name,
+                plugin=name,
                 distribution=source.distribution,
             )
-        if entry.name in RESERVED and source.distribution != "torch-hal":
+        if name in RESERVED and source.distribution != "torch-hal":
             raise PluginError(
-                f"plugin name {entry.name!r} of {source.distribution} is reserved for torch-hal: rename it",
-                plugin=entry.name,
+                f"plugin name {name!r} of {source.distribution} is reserved for torch-hal: rename it",
+                plugin=name,
                 distribution=source.distribution,
             )
-        found[entry.name] = _Found(entry.name, entry.load, source)
-    return tuple(found.values())
+    return list(by_name.values())
 
 
 def _allowed(names: tuple[str, ...], known: list[str]) -> tuple[set[str], set[str]]:
@@ -166,28 +191,33 @@ def _check_platform(platform: str | None, source: str, known: list[str]) -> None
 
 
 def _load(found: list[_Found], named: set[str]) -> tuple[Registry, list[PluginRecord]]:
-    """Two passes, so that a plugin may bring kernels for an op that another brings."""
-    built = Registry()
+    """A registry of the plugins that work. One that fails is left out and all is built anew: nothing of it stays."""
+    left = list(found)
     records: list[PluginRecord] = []
-    loaded: list[tuple[_Found, Platform]] = []
-    for stage in (_add_platform, _add_kernels):
-        pending: list[Any] = list(found) if stage is _add_platform else list(loaded)
-        loaded = []
-        for item in pending:
-            plugin = item if isinstance(item, _Found) else item[0]
-            trial = built.copy()
+    while True:
+        built = Registry()
+        failure = _fill(built, left)
+        if failure is None:
+            break
+        plugin, error = failure
+        records.append(_failed(plugin, error, named))
+        left.remove(plugin)
+    return built, records + [PluginRecord(f.name, f.source.distribution, f.source.version, "loaded") for f in left]
+
+
+def _fill(built: Registry, found: list[_Found]) -> tuple[_Found, BaseException] | None:
+    """Register plugins, up to the first that fails. Ops come first: a plugin may bring kernels for another's op."""
+    platforms: dict[str, Platform] = {}
+    for step in (_add_platform, _add_kernels):
+        for plugin in found:
             try:
-                loaded.append((plugin, stage(trial, item)))
-            except Exception as error:  # noqa: BLE001 - reported below, and raised if the plugin was asked for
-                records.append(_failed(plugin, error, fatal=plugin.name in named or plugin.name in RESERVED))
-                built = _without(built, plugin)
-            else:
-                built = trial
-    records += [PluginRecord(f.name, f.source.distribution, f.source.version, "loaded") for f, _ in loaded]
-    return built, records
+                step(built, plugin, platforms)
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - reported, and raised if it was asked for
+                return plugin, error
+    return None
 
 
-def _add_platform(trial: Registry, plugin: _Found) -> Platform:
+def _add_platform(built: Registry, plugin: _Found, platforms: dict[str, Platform]) -> None:
     cls = plugin.load()
     if not (isinstance(cls, type) and issubclass(cls, Platform)):
         raise PluginError(f"entry point {plugin.name!r} names {cls!r}, which is no subclass of hal.Platform")
@@ -198,36 +228,24 @@ def _add_platform(trial: Registry, plugin: _Found) -> Platform:
         raise PluginError(
             f"entry point {plugin.name!r} brings a platform that calls itself {cls.name!r}; give both one name"
         )
-    platform = cls()
-    trial.add_platform(platform, plugin.source)
-    return platform
+    platforms[plugin.name] = cls()
+    built.add_platform(platforms[plugin.name], plugin.source)
 
 
-def _add_kernels(trial: Registry, item: tuple[_Found, Platform]) -> Platform:
-    trial.add_kernels(item[1], item[0].source)
-    return item[1]
+def _add_kernels(built: Registry, plugin: _Found, platforms: dict[str, Platform]) -> None:
+    built.add_kernels(platforms[plugin.name], plugin.source)
 
 
-def _without(built: Registry, plugin: _Found) -> Registry:
-    """``built`` with nothing of the plugin left in it."""
-    kept = built.copy()
-    for key in [key for key, source in kept.sources.items() if source == plugin.source]:
-        kind, _, name = key.partition(":")
-        getattr(kept, {"op": "ops", "platform": "platforms", "kernel": "kernels"}[kind]).pop(name, None)
-        del kept.sources[key]
-    return kept
-
-
-def _failed(plugin: _Found, error: Exception, *, fatal: bool) -> PluginRecord:
+def _failed(plugin: _Found, error: BaseException, named: set[str]) -> PluginRecord:
     text = f"{type(error).__name__}: {error}"
-    if fatal:
-        if isinstance(error, PluginError) and error.distribution:
-            raise error
+    if plugin.name in named or plugin.name in RESERVED:
+        why = "was asked for" if plugin.name in named else "is built in"
         raise PluginError(
-            f"plugin {plugin.source} was asked for and failed: {text}",
+            f"plugin {plugin.source} {why} and failed: {text}",
             plugin=plugin.name,
             distribution=plugin.source.distribution,
         ) from error
-    level = logging.WARNING
-    log.log(level, "plugin %s is left out: %s", plugin.source, text, exc_info=not isinstance(error, HalError))
+    if (plugin.source, text) not in _reported:
+        _reported.add((plugin.source, text))
+        log.warning("plugin %s is left out: %s", plugin.source, text, exc_info=error)
     return PluginRecord(plugin.name, plugin.source.distribution, plugin.source.version, "failed", text)

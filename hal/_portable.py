@@ -17,6 +17,7 @@ from hal._platform import Platform
 
 __all__ = ["PortablePlatform"]
 
+_SLOW = "float32 reference, slow"
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -72,7 +73,7 @@ def _attention(phase: str) -> Kernel:
         target=f"hal_ops.attention.reference:{phase}",
         priority=Band.REFERENCE,
         fields=fields,
-        note="float32 reference, slow",
+        note=_SLOW,
     )
 
 
@@ -88,31 +89,32 @@ def _kv_cache_write() -> tuple[Kernel, ...]:
         "kv_scale": OneOf("tensor", "head"),
         "deterministic": OneOf(False, True),
     }
-    return _call_kernels("kv_cache_write", "hal_ops.kv_cache", fields)
+    return _call_kernels(KV_CACHE_WRITE, "hal_ops.kv_cache.torch_write:write", fields)
 
 
 def _merge_states() -> tuple[Kernel, ...]:
     fields: dict[str, Constraint] = {
-        "num_q_heads": Anything((1, 6)),
+        "num_heads": Anything((1, 6)),
         "v_head_dim": Range(1, None, (64, 80)),
         "dtype": OneOf(*_FLOATS),
+        "deterministic": OneOf(False, True),
     }
-    return _call_kernels("merge_attention_states", "hal_ops.merge_states", fields)
+    return _call_kernels(MERGE_STATES, "hal_ops.merge_states.torch_merge:merge", fields)
 
 
-def _call_kernels(op: str, package: str, fields: dict[str, Constraint]) -> tuple[Kernel, ...]:
+def _call_kernels(op: Op, target: str, fields: dict[str, Constraint]) -> tuple[Kernel, ...]:
     """The torch kernel and the reference of an op of one phase."""
-    ranks = (("torch", Band.PORTABLE, "torch ops"), ("reference", Band.REFERENCE, "float32 reference, slow"))
+    ranks = (("torch", target, Band.PORTABLE, "torch ops"), ("reference", op.reference["call"], Band.REFERENCE, _SLOW))
     return tuple(
         Kernel(
-            name=f"{library}.{op}",
-            op=op,
+            name=f"{library}.{op.name}",
+            op=op.name,
             phase="call",
-            target=f"{package}.{'torch_ops' if library == 'torch' else 'reference'}:call",
+            target=code,
             priority=band,
             fields=fields,
-            evidence={"x86_64": "run", "sm_90": "run"},
+            evidence={"x86_64": "run"},
             note=note,
         )
-        for library, band, note in ranks
+        for library, code, band, note in ranks
     )

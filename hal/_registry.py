@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib.metadata
 import itertools
 import warnings
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from hal_ops import Op
+from packaging.requirements import Requirement
 
-from hal._errata import Erratum, unique
 from hal._kernel import Band, Kernel
-from hal._libraries import Library
+from hal._libraries import Library, normalize
 from hal._platform import Platform
 from hal.errors import RegistrationError, UnknownKernelError, UnknownOpError, did_you_mean
+
+if TYPE_CHECKING:
+    from hal._errata import Erratum
 
 __all__ = ["Registry", "Source"]
 
@@ -30,11 +36,22 @@ class Source:
 
     @property
     def ours(self) -> bool:
-        """Whether the distribution is one of HAL's own."""
-        return self.distribution == "torch-hal" or self.distribution.startswith("torch-hal-")
+        """Whether the distribution is torch-hal, or one that torch-hal's own extras bring."""
+        return normalize(self.distribution) in _our_distributions()
 
     def __str__(self) -> str:
         return f"{self.plugin} ({self.distribution} {self.version})".replace(" )", ")")
+
+
+@functools.lru_cache(maxsize=1)
+def _our_distributions() -> frozenset[str]:
+    """From the metadata of torch-hal: anyone may call a plugin torch-hal-something, and the core names no vendor."""
+    try:
+        required = importlib.metadata.requires("torch-hal") or []
+    except importlib.metadata.PackageNotFoundError:
+        required = []
+    names = {normalize(Requirement(text).name) for text in required}
+    return frozenset({"torch-hal", *(name for name in names if name.startswith("torch-hal-"))})
 
 
 class Registry:
@@ -68,14 +85,30 @@ class Registry:
             RegistrationError: a wrong declaration, or a name that is taken; both owners are named.
         """
         for kernel in platform.kernels():
-            self._admit(kernel, source)
-            self.kernels[kernel.name] = kernel
+            self.kernels[kernel.name] = self._admitted(kernel, source)
             self.sources[f"kernel:{kernel.name}"] = source
         for library in platform.libraries():
             self.libraries.setdefault(library.name, library)
-        self.errata = unique((*self.errata, *platform.errata()))
+        self.add_errata(platform.errata())
 
-    def _admit(self, kernel: Kernel, source: Source) -> None:
+    def add_errata(self, rows: Iterable[Erratum]) -> None:
+        """Add known-bad rows.
+
+        Raises:
+            RegistrationError: two different rows have one id.
+        """
+        known = {row.id: row for row in self.errata}
+        for row in rows:
+            if known.setdefault(row.id, row) != row:
+                raise RegistrationError(f"two errata have the id {row.id!r}", name=row.id)
+        self.errata = tuple(known.values())
+
+    def _admitted(self, kernel: Kernel, source: Source) -> Kernel:
+        if type(kernel) is not Kernel:
+            raise RegistrationError(
+                f"kernels() of {source} gave {kernel!r}: give hal.Kernel objects, and of no subclass, since the core "
+                "alone judges what is declared"
+            )
         op = self.op(kernel.op)
         kernel.validate(op)
         if kernel.name in self.kernels:
@@ -87,6 +120,7 @@ class Registry:
             raise RegistrationError(
                 f"kernel {kernel.name!r}: the PLUGIN band is for others' distributions", name=kernel.name
             )
+        return kernel if kernel.op == op.name else dataclasses.replace(kernel, op=op.name)
 
     def copy(self) -> Registry:
         """A registry of its own with the same contents, to try a plugin on."""

@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hal_ops import AUTO, Op, Request
 
@@ -19,11 +19,13 @@ from hal._device import Device
 from hal._eligibility import Circumstances, errata_for, why_not
 from hal._kernel import Band, Kernel
 from hal._ledger import Ledger
-from hal._lock import Locked, locked
-from hal._measurements import Measurements
 from hal._reason import Reason
 from hal._registry import Registry
 from hal.errors import NoKernelError, UnknownKernelError
+
+if TYPE_CHECKING:
+    from hal._lock import Locked
+    from hal._measurements import Measurements
 
 __all__ = ["PRECEDENCE", "Candidate", "PhaseChoice", "Selection", "select"]
 
@@ -64,7 +66,11 @@ class Candidate:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready facts."""
-        facts: dict[str, Any] = {"kernel": self.kernel.name, "status": self.status, "priority": self.kernel.priority}
+        facts: dict[str, Any] = {
+            "kernel": self.kernel.name,
+            "status": self.status,
+            "priority": int(self.kernel.priority),
+        }
         facts.update(evidence=self.evidence, reasons=[r.as_dict() for r in self.reasons])
         if self.microseconds is not None:
             facts["microseconds"] = self.microseconds
@@ -140,7 +146,7 @@ def select(request: Request, *, device: Any = None, kernel: Any = None) -> Selec
     """Choose a kernel for every phase of a request. Imports no kernel and touches no device.
 
     ``device`` is anything :func:`hal.device` takes; ``kernel`` forces a kernel or library by name, or one a phase by a
-    mapping. A selection that found nothing for a phase is returned too: look at ``complete`` or call :func:`require`.
+    mapping. A selection that found nothing for a phase is returned too: look at ``complete``.
 
     Raises:
         UnknownKernelError: something asks for a kernel that does not exist or serves another op.
@@ -163,8 +169,7 @@ def select_together(requests: Sequence[Request], *, device: Any = None, kernel: 
     )
     jobs = [_job(request, kernel, around) for request in requests]
     values = _decide_open_fields(jobs, around)
-    times = Measurements(settings.cache_dir() / "measurements.json")
-    return tuple(_outcome(job, request, values, around, times) for job, request in zip(jobs, requests, strict=True))
+    return tuple(_outcome(job, request, values, around) for job, request in zip(jobs, requests, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,17 +197,35 @@ def _job(request: Request, kernel: Any, around: Circumstances) -> _Job:
     op = around.registry.op(request.op)
     wanted = getattr(request, "phases", None) or op.phases
     phases = tuple(p for p in op.phases if p in wanted)
-    lock = locked(request, around)
+    lock = _locked(request, around)
     resolved = request.resolved(around.device.capabilities)
-    resolved = resolved.replace(**lock.fields) if lock.fields else resolved
-    return _Job(op, resolved, phases, _forced(op, phases, kernel, lock, around), lock.notes)
+    resolved = resolved.replace(**lock.fields) if lock is not None and lock.fields else resolved
+    notes = () if lock is None else lock.notes
+    return _Job(op, resolved, phases, _forced(op, phases, kernel, lock, around), notes)
 
 
-def _outcome(
-    job: _Job, asked: Request, values: Mapping[str, Any], around: Circumstances, times: Measurements
-) -> Selection:
+def _locked(request: Request, around: Circumstances) -> Locked | None:
+    """What the lock file says; nothing is imported where there is none."""
+    if around.settings["lock"] is None:
+        return None
+    from hal._lock import locked
+
+    return locked(request, around)
+
+
+def _measurements(around: Circumstances) -> Measurements | None:
+    """The measurements of this machine, if there are any and they may decide."""
+    path = around.settings.cache_dir() / "measurements.json"
+    if around.device.simulated or not path.exists():
+        return None
+    from hal._measurements import Measurements
+
+    return Measurements(path)
+
+
+def _outcome(job: _Job, asked: Request, values: Mapping[str, Any], around: Circumstances) -> Selection:
     decided = job.with_values(values)
-    choices = {p: _choose(job.op, p, decided, job.forced.get(p), around, times) for p in job.phases}
+    choices = {p: _choose(job.op, p, decided, job.forced.get(p), around) for p in job.phases}
     joint = tuple(f"{f} {getattr(decided, f)}" for f in job.open_fields())
     return Selection(job.op, decided, asked, around.device, choices, around, joint, job.notes)
 
@@ -228,12 +251,14 @@ def _check_settings(settings: _settings.Settings, registry: Registry) -> None:
         registry.check_known(name, disabled.source)
 
 
-def _forced(op: Op, phases: tuple[str, ...], kernel: Any, lock: Locked, around: Circumstances) -> dict[str, Forced]:
+def _forced(
+    op: Op, phases: tuple[str, ...], kernel: Any, lock: Locked | None, around: Circumstances
+) -> dict[str, Forced]:
     """Phase to what forces it, by precedence."""
     layers = [
         _from_argument(op, kernel),
         _from_settings(op, around, "hal.override"),
-        {p: Forced(name, f"lock file {around.settings['lock']}") for p, name in lock.kernels.items()},
+        {p: Forced(name, f"lock file {around.settings['lock']}") for p, name in (lock.kernels if lock else {}).items()},
         _from_settings(op, around, "variable"),
         _from_settings(op, around, "config file"),
     ]
@@ -330,13 +355,12 @@ def _best_priority(op: Op, phase: str, request: Request, forced: Forced | None, 
     return None
 
 
-def _choose(
-    op: Op, phase: str, request: Request, forced: Forced | None, around: Circumstances, times: Measurements
-) -> PhaseChoice:
+def _choose(op: Op, phase: str, request: Request, forced: Forced | None, around: Circumstances) -> PhaseChoice:
     kernels = around.registry.candidates(op.name, phase)
     reasons = {k.name: why_not(k, request, around) for k in kernels}
     eligible = [k for k in kernels if not reasons[k.name]]
-    order, measured = times.order(eligible, request, around)
+    times = _measurements(around)
+    order, measured = (eligible, False) if times is None else times.order(eligible, request, around)
     pool = [k for k in order if forced is None or k.answers_to(forced.name)]
     chosen = pool[0] if pool else None
     candidates = []
@@ -357,16 +381,17 @@ def _rank(kernel: Kernel, chosen: Kernel | None, order: list[Kernel], forced: Fo
 
 
 def _candidate(
-    kernel: Kernel, status: str, why: list[Reason], request: Request, around: Circumstances, times: Measurements
+    kernel: Kernel, status: str, why: list[Reason], request: Request, around: Circumstances, times: Measurements | None
 ) -> Candidate:
     row = around.ledger_row(kernel, request)
+    time = None if times is None else times.get(kernel, request, around)
     evidence = f"{row.status} here {row.date}" if row else kernel.evidence_for(around.device)
     notes = [
         f"known to be slow: {e.summary} [{e.id}]" for e in errata_for(kernel, request, around) if e.severity == "slow"
     ]
     if kernel.copies:
         notes.append(f"copies {kernel.copies}")
-    return Candidate(kernel, status, tuple(why), evidence, times.get(kernel, request, around), tuple(notes))
+    return Candidate(kernel, status, tuple(why), evidence, time, tuple(notes))
 
 
 def fallbacks(selection: Selection) -> Iterator[PhaseChoice]:

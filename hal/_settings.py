@@ -180,7 +180,11 @@ def _from_variable(name: str, text: str) -> dict[str, Value]:
         raise SettingError(f"{name} was removed: {REMOVED[name]}", setting=name)
     setting = _BY_NAME.get(name) or _op_setting(name)
     if setting is None:
-        near = did_you_mean(name, [*_BY_NAME, "HAL_OP_<NAME>"])
+        near = (
+            " Write HAL_OP_<NAME> with the name of an op."
+            if name.startswith("HAL_OP")
+            else did_you_mean(name, _BY_NAME)
+        )
         raise SettingError(
             f"unknown variable {name}.{near} `hal env` lists every variable; unset the others", setting=name
         )
@@ -203,10 +207,13 @@ def _parsed(setting: Setting, text: str, shown: str) -> Any:
 
 
 def _config_stamp(named: str | None) -> tuple[Path | None, int]:
-    base = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-    path = Path(named).expanduser() if named and named.strip() else base / "hal" / "config.toml"
+    if named and named.strip():
+        path = os.path.expanduser(named.strip())
+    else:
+        base = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+        path = os.path.join(base, "hal", "config.toml")
     try:
-        return path, os.stat(path).st_mtime_ns
+        return Path(path), os.stat(path).st_mtime_ns
     except OSError:
         if named and named.strip():
             raise SettingError(f"HAL_CONFIG={named!r}: no such file", setting="HAL_CONFIG") from None

@@ -17,6 +17,7 @@ from packaging.version import Version as _PublicVersion
 
 __all__ = ["Version"]
 
+_BARE_LETTER = re.compile(r"\d[a-z]\Z", re.ASCII | re.IGNORECASE)
 _LEADING = re.compile(r"\s*v?(\d+(?:\.\d+)*)", re.ASCII | re.IGNORECASE)
 
 
@@ -104,7 +105,7 @@ def _parse(text: str) -> Version:
     if len(match[1]) > 200:
         return Version(text, reason="the version is longer than any real one")
     try:
-        public = _PublicVersion(text)
+        public = _PublicVersion(match[1] if _BARE_LETTER.search(text) else text)
     except InvalidVersion:
         public = _PublicVersion(match[1])
     return Version(text, public.release, _public=public)

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
+from hal_ops.attention import PHASES
 
 import hal
 from hal import _plugins, _selection
-from hal_ops.attention import PHASES
 
 _modules = itertools.count()
 
@@ -29,6 +29,10 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.
     monkeypatch.setenv("XDG_CACHE_HOME", str(base))
     yield
     _selection.broken.clear()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write the golden files anew; review the diff")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from typing import Any, ClassVar, TypeVar
 
@@ -87,11 +87,17 @@ class Request:
     def is_neutral(self, name: str) -> bool:
         """Whether the field ``name`` holds the value that needs no declaration."""
         neutral = self.rules()[name].neutral
-        return bool(getattr(self, name) == (neutral(self) if isinstance(neutral, Callable) else neutral))  # type: ignore[arg-type]
+        return bool(getattr(self, name) == (neutral(self) if callable(neutral) else neutral))
 
     def replace(self: R, **changes: Any) -> R:
-        """A copy with some fields changed, normalised again."""
-        return dataclasses.replace(self, **changes)
+        """A copy with some fields changed, normalised again. Computed neutral values that were in force follow."""
+        copy = dataclasses.replace(self, **changes)
+        follow = {
+            name: rule.neutral(copy)
+            for name, rule in self.rules().items()
+            if callable(rule.neutral) and name not in changes and self.is_neutral(name)
+        }
+        return dataclasses.replace(copy, **follow) if follow else copy
 
     def resolved(self: R, capabilities: frozenset[str]) -> R:
         """The request with names that depend on the device (such as a bare ``fp8``) made exact."""

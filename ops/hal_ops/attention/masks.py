@@ -2,7 +2,7 @@
 
 Positions are aligned to the end of the keys: query ``i`` of ``q_len`` stands at ``i + kv_len - q_len``. A key at
 position ``j`` is seen when ``-left <= j - position <= right``, where a side that is None has no limit. Causality is
-``right = 0``. Rows that see no key at all can only be the first ones, as no left limit reaches past the end of the keys.
+``right = 0``. Rows that see no key at all can only be the first ones: no left limit reaches past the end of the keys.
 """
 
 from __future__ import annotations

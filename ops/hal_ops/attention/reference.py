@@ -53,11 +53,11 @@ def prefill(
             sequences = list(zip(q, k, v, strict=True))
         else:
             q_lens, k_lens = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
-            sequences = list(zip(q.split(q_lens), k.split(k_lens), v.split(k_lens), strict=True))
+            sequences = list(zip(torch.split(q, q_lens), torch.split(k, k_lens), torch.split(v, k_lens), strict=True))
         pairs = [attend(*three, request, sinks, alibi_slopes, accumulate=accumulate) for three in sequences]
         out, lse = _join(pairs, q, request, accumulate)
         if dense:
-            out, lse = out.view(*q.shape[:-1], -1), lse.view(q.shape[:-1])
+            out, lse = out.view(*q.shape[:-1], request.v_head_dim), lse.view(q.shape[:-1])
         out = out.to(q.dtype) if rounded else out
         return (out, lse) if return_lse else out
 
@@ -91,7 +91,7 @@ class _Paged:
     ) -> Tensor | tuple[Tensor, Tensor]:
         check_tensors(self.request, sinks, alibi_slopes)
         pairs = []
-        for row, queries in enumerate(q.split(step.q_lens)):
+        for row, queries in enumerate(torch.split(q, list(step.q_lens))):
             seen = step.q_lens[row], step.kv_lens_host[row]
             k = self._read(k_cache, k_scale, step, row, *seen)
             v = self._read(v_cache, v_scale, step, row, *seen)
@@ -149,7 +149,7 @@ def attend(
     shift = k.shape[1] - q.shape[0]
     pairs = [
         _rows(part.to(accumulate).transpose(0, 1), k, v, index * rows + shift, request, sinks, alibi_slopes)
-        for index, part in enumerate(q.split(rows))
+        for index, part in enumerate(torch.split(q, rows))
     ]
     return torch.cat([out for out, _ in pairs], 1).transpose(0, 1), torch.cat([lse for _, lse in pairs], 1).t()
 
@@ -163,7 +163,7 @@ def _rows(
     sinks: Tensor | None,
     slopes: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Some queries of a sequence, the first at ``position``. q ``[heads, rows, dim]``, k and v ``[heads, keys, dim]``."""
+    """Some queries of a sequence, the first at ``position``; all three are ``[heads, rows or keys, dim]``."""
     distance = masks.relative(q.shape[1], k.shape[1], position, q.device)
     seen = masks.visible(distance, masks.sides(request.causal, request.window))
     used = seen.any(0)
@@ -177,10 +177,10 @@ def _rows(
 
 
 def _softmax(scores: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
-    floor = torch.full_like(scores[..., :1], -torch.inf)
-    extra = floor if sinks is None else sinks.expand_as(floor)
+    extra = scores.new_full((*scores.shape[:-1], 1), -torch.inf)
+    extra = extra if sinks is None else sinks.expand_as(extra)
     top = torch.cat([scores, extra], -1).detach().amax(-1, keepdim=True)
-    top = top.masked_fill(top == -torch.inf, 0.0) if top.numel() else top
+    top = top.masked_fill(top == -torch.inf, 0.0)
     weights = torch.exp(scores - top)
     total = weights.sum(-1, keepdim=True) + torch.exp(extra - top)
     nothing = total == 0

@@ -1,4 +1,4 @@
-"""Writing k and v into a paged cache. Importing it imports no torch."""
+"""Writing keys and values into a paged cache. Importing this imports no torch."""
 
 from hal_ops.kv_cache.op import KV_CACHE_WRITE, KvCacheWriteRequest
 

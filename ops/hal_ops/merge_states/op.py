@@ -1,35 +1,60 @@
-"""The contract of merging two attention results by their LSEs."""
+"""``MERGE_STATES``: attention over two sets of keys becomes attention over both. Needs no torch.
+
+``factory(request, device) -> fn`` with ``fn(out_a, lse_a, out_b, lse_b) -> (out, lse)``: the outs are
+``[..., num_heads, v_head_dim]`` in ``dtype``, the lses float32 ``[..., num_heads]``, natural logs of the denominators.
+A state without keys has lse -inf and counts for nothing whatever its out holds; two of them give out 0 and lse -inf.
+Sums are float32; ``out`` has ``dtype``.
+
+More than two states: fold, ``merge(*merge(a, b), c)``; :func:`hal_ops.merge_states.torch_merge.merge_all` does it
+without rounding in between. A sink may be in the lse of one state only.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from hal_ops._checks import flag, positive
 from hal_ops._dtypes import dtype_name
 from hal_ops._op import Op
-from hal_ops._request import Request, required
+from hal_ops._request import Request, feature, required
 
 __all__ = ["MERGE_STATES", "MergeStatesRequest"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MergeStatesRequest(Request):
-    """What a caller needs from a merge: heads, elements a head, and the format of the outputs."""
+    """What a caller needs from the merge of attention states.
+
+    Fields:
+        num_heads, v_head_dim: query heads, and elements a head of the outs. dtype: format of the outs.
+        deterministic, graph: properties of the call that kernels must declare.
+
+    Raises:
+        ValueError: a value that no kernel could honour.
+    """
 
     op: ClassVar[str] = "merge_attention_states"
 
-    num_q_heads: int = required()
+    num_heads: int = required()
     v_head_dim: int = required(code="head_dim")
     dtype: str = required(default="bfloat16", code="dtype")
+    deterministic: bool = feature(False)
+    graph: bool = feature(False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "dtype", dtype_name(self.dtype))
+        put: Any = object.__setattr__
+        for name in ("num_heads", "v_head_dim"):
+            positive(name, getattr(self, name))
+        put(self, "dtype", dtype_name(self.dtype))
+        for name in ("deterministic", "graph"):
+            flag(name, getattr(self, name))
 
 
 MERGE_STATES = Op(
-    name="merge_attention_states",
-    summary="one attention result from two over different keys, by their natural-log LSEs",
+    name=MergeStatesRequest.op,
+    summary="merge attention over two sets of keys into attention over both",
     request=MergeStatesRequest,
-    reference={"call": "hal_ops.merge_states.reference:call"},
+    reference={"call": "hal_ops.merge_states.reference:merge"},
     cases="hal_ops.merge_states.cases:make_case",
 )

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from hal._arch import Arch
-from hal._device import Device, Probe
-from hal._libraries import Library
-from hal._platform import Platform
+from hal import Arch, Device, Library, Platform, Probe
 
 if TYPE_CHECKING:
     from hal_musa._system import System

@@ -8,7 +8,7 @@ launch on S4000, so Triton is claimed for mp_31 only).
 
 from __future__ import annotations
 
-from hal._arch import Arch
+from hal import Arch
 
 __all__ = ["capabilities"]
 

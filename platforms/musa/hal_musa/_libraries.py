@@ -6,7 +6,7 @@ mthreads-ml-py 2.4.3.
 
 from __future__ import annotations
 
-from hal._libraries import Library
+from hal import Library
 
 __all__ = ["LIBRARIES"]
 

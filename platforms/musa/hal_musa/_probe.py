@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 
-from hal._device import Device, Evidence, Probe
-from hal._version import Version
+from hal import Device, Evidence, Probe, Version
 from hal_musa._arch import UNKNOWN
 from hal_musa._capabilities import capabilities
 from hal_musa._gpus import Gpu, Reading, SourceError, plural

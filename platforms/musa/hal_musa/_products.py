@@ -9,8 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 
-from hal._arch import Arch
-from hal._device import Device
+from hal import Arch, Device
 from hal_musa._arch import UNKNOWN, parse_arch
 from hal_musa._capabilities import capabilities
 

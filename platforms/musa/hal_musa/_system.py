@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hal._libraries import torch_build
+from hal import torch_build
 from hal_musa._gpus import SourceError
 
 __all__ = ["System"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from hal._arch import Arch
+from hal import Arch
 
 __all__ = ["UNKNOWN", "from_number", "parse_arch"]
 

@@ -8,7 +8,7 @@ newer); CUTLASS 4.x, "SM120 GeForce": clusters there hold one block.
 
 from __future__ import annotations
 
-from hal._arch import Arch
+from hal import Arch
 
 __all__ = ["capabilities"]
 

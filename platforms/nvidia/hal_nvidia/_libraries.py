@@ -6,7 +6,7 @@ flashinfer-python 0.7.2, nvidia-cudnn-frontend 1.32, nvidia-cutlass-dsl 4.8).
 
 from __future__ import annotations
 
-from hal._libraries import Library
+from hal import Library
 
 __all__ = ["LIBRARIES"]
 

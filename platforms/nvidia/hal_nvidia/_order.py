@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from hal._device import Evidence
+from hal import Evidence
 from hal_nvidia._cards import Card, Reading, SourceError, plural
 from hal_nvidia._driver import read_driver
 from hal_nvidia._system import System

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from hal._device import Device, Evidence, Probe
-from hal._version import Version
+from hal import Device, Evidence, Probe, Version
 from hal_nvidia._arch import UNKNOWN, from_number
 from hal_nvidia._capabilities import capabilities
 from hal_nvidia._cards import Card, Reading, SourceError, plural

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from hal._device import Device
+from hal import Device
 from hal_nvidia._capabilities import capabilities
 
 __all__ = ["CORES_PER_MULTIPROCESSOR", "complete"]

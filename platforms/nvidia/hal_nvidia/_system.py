@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hal._libraries import torch_build
+from hal import torch_build
 from hal_nvidia._cards import SourceError
 
 __all__ = ["System"]
@@ -27,8 +26,11 @@ class System:
         """The module ``pynvml``.
 
         Raises:
-            SourceError: it is not installed, or is not NVIDIA's.
+            SourceError: there is no sign of a driver, or the module is not installed or not NVIDIA's.
         """
+        if not self._has_driver():
+            hint = "install the NVIDIA driver, or start the container with the NVIDIA runtime (`--gpus all`)"
+            raise SourceError(self._no_driver(), hint)
         try:
             import pynvml
         except ImportError as error:
@@ -43,10 +45,12 @@ class System:
         Raises:
             SourceError: there is no sign of a driver, or the child process fails.
         """
-        if sys.platform != "win32" and not any((self.root / node).exists() for node in _NODES):
-            raise SourceError(f"not asked: none of {', '.join('/' + n for n in _NODES)} is here")
+        if not self._has_driver():
+            raise SourceError(self._no_driver())
         if not sys.executable:
             raise SourceError("not asked: this process knows no Python to start")
+        import subprocess
+
         command = [sys.executable, "-I", str(Path(__file__).with_name("_ask_driver.py"))]
         try:
             done = subprocess.run(command, env=dict(environ), capture_output=True, text=True, timeout=_TIMEOUT)
@@ -71,6 +75,12 @@ class System:
     def is_tegra(self) -> bool:
         """Whether this is a Jetson (or another Tegra board)."""
         return (self.root / "etc/nv_tegra_release").exists() or "tegra" in self._read("proc/device-tree/compatible")
+
+    def _has_driver(self) -> bool:
+        return sys.platform == "win32" or any((self.root / node).exists() for node in _NODES)
+
+    def _no_driver(self) -> str:
+        return f"not asked: none of {', '.join('/' + n for n in _NODES)} is here"
 
     def _read(self, path: str) -> str:
         try:

@@ -8,7 +8,7 @@ lists e4m3fn there because it converts in software, and so it is not claimed her
 
 from __future__ import annotations
 
-from hal._arch import Arch
+from hal import Arch
 
 __all__ = ["capabilities"]
 

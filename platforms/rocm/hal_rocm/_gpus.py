@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from hal._arch import Arch
+from hal import Arch
 from hal_rocm._arch import UNKNOWN
 
 __all__ = ["Gpu", "Reading", "SourceError", "plural"]

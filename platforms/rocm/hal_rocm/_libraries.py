@@ -6,7 +6,7 @@ Names are those of the wheels: amd-aiter 0.1.7 (the ``aiter`` of package registr
 
 from __future__ import annotations
 
-from hal._libraries import Library
+from hal import Library
 
 __all__ = ["LIBRARIES"]
 

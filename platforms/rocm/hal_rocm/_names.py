@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hal._device import Evidence
+from hal import Evidence
 from hal_rocm._gpus import Gpu, SourceError
 from hal_rocm._products import NAMES
 from hal_rocm._system import System

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 
-from hal._device import Device, Evidence, Probe
-from hal._version import Version
+from hal import Device, Evidence, Probe, Version
 from hal_rocm._arch import UNKNOWN, parse_override
 from hal_rocm._capabilities import capabilities
 from hal_rocm._gpus import Gpu, Reading, SourceError, plural

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from hal._device import Device
+from hal import Device
 from hal_rocm._capabilities import capabilities
 
 __all__ = ["NAMES", "complete"]

@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from hal._device import Evidence
+from hal import Evidence
 from hal.errors import VisibilityError
 from hal_rocm._gpus import Gpu, plural
 

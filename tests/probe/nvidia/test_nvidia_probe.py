@@ -232,11 +232,21 @@ def test_the_child_process_answers_on_any_machine(tmp_path: Path) -> None:
     assert "error" in answer or answer["devices"] is not None
 
 
-def test_moore_threads_bindings_under_nvmls_name_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_moore_threads_bindings_under_nvmls_name_are_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     # requirement X14
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev/nvidiactl").touch()
     monkeypatch.setitem(sys.modules, "pynvml", SimpleNamespace(mtmlLibraryInit=None, nvmlInit=None))
     with pytest.raises(Exception, match="pymtml, not NVML"):
-        System().nvml()
+        System(tmp_path).nvml()
+
+
+def test_without_a_driver_nvml_is_not_even_imported(tmp_path: Path) -> None:
+    # requirement P10, P16
+    with pytest.raises(Exception, match="not asked: none of /dev/nvidiactl"):
+        System(tmp_path).nvml()
 
 
 def test_the_real_bindings_have_every_call(records: Any) -> None:

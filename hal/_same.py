@@ -1,0 +1,59 @@
+"""Recognising arguments that look like the last checked ones: the price of a check on the hot path.
+
+Reading shape, dtype, device and strides of three tensors from Python costs over a microsecond. torch's compiler guards
+compare all of them, and requires_grad and dispatch keys too, in one C++ call (``TensorGuards``, torch 2.0 and newer; a
+private name, so a plain comparison stands in where it is missing or has changed, and where one tensor stands in two
+places, which the guard never recognises).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Same", "like", "never"]
+
+Same = Callable[[Any, Any, Any], bool]
+
+
+def never(q: Any, k: Any, v: Any) -> bool:
+    """Recognises nothing: every call is checked in full."""
+    return False
+
+
+def like(q: Tensor, k: Tensor, v: Tensor) -> Same:
+    """A function that tells whether three tensors have the shapes, strides, dtypes and devices of these."""
+    try:
+        return guard(q, k, v)
+    except (ImportError, AttributeError, TypeError, RuntimeError):
+        return compare(q, k, v)
+
+
+def guard(q: Tensor, k: Tensor, v: Tensor) -> Same:
+    """By torch's own guard. Tensors are described, not kept alive."""
+    from torch._C._dynamo.guards import TensorGuards
+
+    tensors = (q, k, v)
+    sizes: Any = [list(t.shape) for t in tensors]
+    strides: Any = [list(t.stride()) for t in tensors]
+    check: Same = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+    if not check(q, k, v):
+        raise RuntimeError("TensorGuards does not recognise the tensors it was made of")
+    return check
+
+
+def compare(q: Tensor, k: Tensor, v: Tensor) -> Same:
+    """By comparing each property."""
+    wanted = tuple(_properties(t) for t in (q, k, v))
+
+    def check(q: Any, k: Any, v: Any) -> bool:
+        return k is not None and v is not None and tuple(_properties(t) for t in (q, k, v)) == wanted
+
+    return check
+
+
+def _properties(t: Tensor) -> tuple[Any, ...]:
+    return (t.shape, t.stride(), t.dtype, t.device)

@@ -1,0 +1,101 @@
+"""Rows of a tensor: its leading dims folded, so that kernels take views without copying them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Rows", "check_input", "check_out", "empty_like", "fold", "refuse_grad"]
+
+
+class Rows(NamedTuple):
+    """Row ``r`` begins ``(r // inner) * outer_stride + (r % inner) * inner_stride`` elements after the first."""
+
+    count: int
+    inner: int
+    outer_stride: int
+    inner_stride: int
+
+
+def fold(x: Tensor, kept: int = 1, name: str = "x") -> Rows:
+    """The leading dims of ``x`` as rows; the last ``kept`` dims are what a row holds.
+
+    Raises:
+        ValueError: the leading dims have strides that two do not express.
+    """
+    if x.dim() == kept + 1:
+        rows = x.shape[0]
+        return Rows(rows, rows, 0, x.stride(0))
+    lead = x.dim() - kept
+    if 0 in x.shape[:lead]:
+        return Rows(0, 1, 0, 0)
+    groups = _groups(x.shape[:lead], x.stride()[:lead])
+    if len(groups) > 2:
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)} and strides {tuple(x.stride())}: its leading dims do not fold into two; "
+            f"pass {name}.contiguous()"
+        )
+    (inner, inner_stride), (outer, outer_stride) = (*groups, (1, 0), (1, 0))[:2]
+    return Rows(outer * inner, inner, outer_stride, inner_stride)
+
+
+def _groups(sizes: tuple[int, ...], strides: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Sizes and strides after joining neighbours that lie behind each other in memory, the innermost first."""
+    groups: list[tuple[int, int]] = []
+    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
+        if size == 1:
+            continue
+        if groups and stride == groups[-1][0] * groups[-1][1]:
+            groups[-1] = (groups[-1][0] * size, groups[-1][1])
+        else:
+            groups.append((size, stride))
+    return groups
+
+
+def check_input(name: str, x: Tensor, hidden: int, dtype: object) -> None:
+    """``x`` is ``[..., hidden]`` in ``dtype``, its last dim contiguous.
+
+    Raises:
+        ValueError: it is not; the text says what it is.
+    """
+    if x.shape[-1] != hidden or x.dtype != dtype or (x.stride(-1) != 1 and hidden != 1):
+        raise ValueError(
+            f"{name} is {x.dtype} {tuple(x.shape)} with strides {tuple(x.stride())}: this was bound for {dtype} "
+            f"[..., {hidden}] with a contiguous last dim"
+        )
+
+
+def check_out(name: str, out: Tensor, shape: tuple[int, ...], dtype: object) -> None:
+    """``out`` has ``shape`` and ``dtype``, its last dim contiguous.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if out.shape != shape or out.dtype != dtype or (out.stride(-1) != 1 and shape[-1] != 1):
+        raise ValueError(
+            f"{name} is {out.dtype} {tuple(out.shape)} with strides {tuple(out.stride())}: give {dtype} "
+            f"{tuple(shape)} with a contiguous last dim"
+        )
+
+
+def empty_like(x: Tensor, *others: object) -> Tensor:
+    """An output like ``x``: its shape, dtype and device; contiguous. The further inputs of an op are ignored."""
+    return x.new_empty(x.shape)
+
+
+def refuse_grad(*tensors: Tensor | None) -> None:
+    """For kernels without a backward: autograd would lose the gradients without a word.
+
+    Raises:
+        RuntimeError: a gradient is wanted through one of the tensors.
+    """
+    if any(x is not None and x.requires_grad for x in tensors):
+        import torch
+
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "an input requires a gradient, and this kernel has no backward: bind the op with needs_grad=True, or "
+                "call it under torch.no_grad()"
+            )

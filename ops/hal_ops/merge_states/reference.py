@@ -1,0 +1,33 @@
+"""The oracle of the merge: numerators and denominators written out. Any device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from hal_ops.merge_states.op import MergeStatesRequest
+
+__all__ = ["merge"]
+
+Merge = Callable[[Tensor, Tensor, Tensor, Tensor], "tuple[Tensor, Tensor]"]
+
+
+def merge(
+    request: MergeStatesRequest, device: object, *, accumulate: torch.dtype = torch.float32, rounded: bool = True
+) -> Merge:
+    """The ``call`` phase. ``rounded=False`` leaves the output in ``accumulate``."""
+
+    def call(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+        states = [(out.to(accumulate), lse.to(accumulate)) for out, lse in ((out_a, lse_a), (out_b, lse_b))]
+        lse = torch.logaddexp(states[0][1], states[1][1])
+        total = torch.zeros_like(states[0][0])
+        for part, part_lse in states:
+            some = (part_lse > -torch.inf).unsqueeze(-1)
+            share = torch.exp(part_lse - lse).unsqueeze(-1)
+            total = torch.where(some, total + part * share, total)
+        out = total.to(out_a.dtype) if rounded else total
+        return out, lse if accumulate == torch.float64 else lse.float()
+
+    return call

@@ -1,0 +1,173 @@
+"""Plans: made once a step, without synchronisation, updated in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import hal
+from hal.errors import InputError, WorkspaceError
+
+SMALL: dict[str, Any] = {
+    "num_q_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 8,
+    "dtype": "float32",
+    "device": "cpu",
+    "page_size": 4,
+}
+
+
+@pytest.fixture
+def planner(fake_platform: Any, attention_kernel: Any, kernel_module: Any) -> tuple[Any, list[Any]]:
+    """A handle on a fake library whose decode kernel records every plan that it is asked for."""
+    planned: list[Any] = []
+
+    class Decode:
+        def plan(self, step: Any) -> Any:
+            planned.append(step)
+            return ("payload of", step)
+
+        def __call__(
+            self, q: Any, k_cache: Any, v_cache: Any, step: Any, payload: Any, *, sinks: Any = None,
+            alibi_slopes: Any = None, k_scale: Any = None, v_scale: Any = None, return_lse: bool = False,
+        ) -> Any:  # fmt: skip
+            assert payload == ("payload of", step)
+            return q
+
+    module = kernel_module(decode=lambda request, device: Decode())
+    fake_platform(kernels=[attention_kernel("spy.decode", target=f"{module}:decode")])
+    handle = hal.get_attention(**{**SMALL, "device": "fake", "page_size": 16}, phases=("decode",))
+    return handle, planned
+
+
+def test_step_tensors_and_plans_are_made_once_for_all_layers(planner: Any) -> None:  # requirement B10, A1, A3
+    handle, planned = planner
+    plan = handle.plan(q_lens=[1, 1], kv_lens=[5, 9], block_table=[[0], [1]])
+    q, k = torch.zeros(2, 4, 8), torch.zeros(2, 2, 8)
+    for _ in range(4):
+        cache = handle.allocate_kv_cache(2)
+        handle(q, k, k, cache=cache, plan=plan)
+    assert len(planned) == 1
+    step = planned[0]
+    assert step.cu_seqlens_q.tolist() == [0, 1, 2]
+    assert step.cu_seqlens_k.tolist() == [0, 5, 14]
+    assert step.kv_lens.tolist() == [5, 9]
+    assert step.slot_mapping.tolist() == [4, 16 + 8]
+    assert {t.dtype for t in (step.cu_seqlens_q, step.cu_seqlens_k, step.kv_lens, step.block_table)} == {torch.int32}
+
+
+def test_another_kernel_s_planner_is_never_asked(planner: Any) -> None:  # requirement A1, A2, P35
+    _, planned = planner
+    other = hal.get_attention(**{**SMALL, "device": "fake", "page_size": 16}, kernel="reference")
+    plan = other.plan(q_lens=[1], kv_lens=[1], block_table=[[0]])
+    other(torch.zeros(1, 4, 8), torch.zeros(1, 2, 8), torch.zeros(1, 2, 8), cache=other.allocate_kv_cache(1), plan=plan)
+    assert planned == []
+
+
+def test_changed_lengths_in_the_same_tensor_are_seen(planner: Any) -> None:  # requirement C6
+    handle, planned = planner
+    lengths = torch.tensor([5, 9], dtype=torch.int32)
+    handle.plan(q_lens=[1, 1], kv_lens=lengths, block_table=[[0], [1]])
+    lengths += 1
+    handle.plan(q_lens=[1, 1], kv_lens=lengths, block_table=[[0], [1]])
+    assert [s.kv_lens_host for s in planned] == [(5, 9), (6, 10)]
+
+
+@pytest.mark.parametrize("kernel", ["torch_cpu", "reference"])
+def test_host_lengths_cause_no_synchronisation(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:  # requirement P38
+    handle = hal.get_attention(**SMALL, kernel=kernel)
+    table = torch.zeros(2, 2, dtype=torch.int32)
+
+    def synchronises(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("the plan reads a tensor back")
+
+    for name in ("item", "cpu", "tolist", "numpy", "__int__", "__bool__", "__index__", "nonzero"):
+        monkeypatch.setattr(torch.Tensor, name, synchronises)
+    for q_lens in ([1, 1], [3, 2]):
+        handle.plan(q_lens=q_lens, kv_lens=[5, 7], block_table=table)
+
+
+def addresses(plan: Any) -> list[int]:
+    step = plan._step
+    tensors = (step.cu_seqlens_q, step.cu_seqlens_k, step.kv_lens, step.block_table, step.slot_mapping)
+    return [t.data_ptr() for t in tensors]
+
+
+def test_a_plan_of_maximum_size_is_updated_in_place(planner: Any) -> None:  # requirement P37, E12
+    handle, planned = planner
+    table = torch.arange(12, dtype=torch.int32).reshape(4, 3)
+    plan = handle.plan(q_lens=[1] * 4, kv_lens=[33, 9, 20, 40], block_table=table, max_batch=4)
+    before = addresses(plan)
+    plan.update(q_lens=[1, 1], kv_lens=[4, 17], block_table=table[:2, :2])
+    assert addresses(plan) == before
+    step = planned[-1]
+    assert step.kv_lens.tolist() == [4, 17, 0, 0]
+    assert step.cu_seqlens_q.tolist() == [0, 1, 2, 2, 2]
+    assert step.cu_seqlens_k.tolist() == [0, 4, 21, 21, 21]
+    assert step.block_table.tolist() == [[0, 1, 0], [3, 4, 0], [0, 0, 0], [0, 0, 0]]
+    assert step.slot_mapping.tolist() == [3, 64, -1, -1]
+    assert step.max_kv_len == 3 * 16
+
+
+@pytest.mark.parametrize(
+    ("step", "text"),
+    [
+        ({"q_lens": [1] * 3, "kv_lens": [1] * 3, "block_table": [[0]] * 3}, "max_batch=3, and the plan was made for 2"),
+        ({"q_lens": [1], "kv_lens": [33], "block_table": [[0, 1, 2]]}, "max_pages=3, and the plan was made for 2"),
+    ],
+)
+def test_a_step_beyond_the_maximum_is_refused_and_changes_nothing(
+    planner: Any, step: dict[str, Any], text: str
+) -> None:  # requirement P37
+    handle, _ = planner
+    plan = handle.plan(q_lens=[1, 1], kv_lens=[5, 9], block_table=[[0, 1], [2, 3]], max_batch=2)
+    with pytest.raises(InputError, match=text):
+        plan.update(**step)
+    assert plan._step.kv_lens.tolist() == [5, 9]
+
+
+def test_updated_plans_give_right_answers_with_padding() -> None:  # requirement E12, P37
+    handle = hal.get_attention(**SMALL)
+    torch.manual_seed(0)
+    cache = handle.allocate_kv_cache(8)
+    table = [[3, 1], [0, 2], [5, 4]]
+    plan = handle.plan(q_lens=[1] * 3, kv_lens=[1] * 3, block_table=table, max_batch=3)
+    for lengths in ([1, 1, 1], [2, 2, 2], [3, 3]):
+        rows = len(lengths)
+        q, k, v = torch.randn(rows, 4, 8), torch.randn(rows, 2, 8), torch.randn(rows, 2, 8)
+        step = {"q_lens": [1] * rows, "kv_lens": lengths, "block_table": table[:rows]}
+        out = handle(q, k, v, cache=cache, plan=plan.update(**step))
+        expected = handle(q, cache=cache, plan=handle.plan(**step))
+        torch.testing.assert_close(out, expected)
+
+
+def test_a_plan_for_one_step_cannot_be_updated() -> None:
+    handle = hal.get_attention(**SMALL)
+    plan = handle.plan(q_lens=[1], kv_lens=[1], block_table=[[0]])
+    with pytest.raises(InputError, match="make it with max_batch="):
+        plan.update(q_lens=[1], kv_lens=[2], block_table=[[0]])
+    with pytest.raises(InputError, match="go with max_batch"):
+        handle.plan(q_lens=[1], kv_lens=[1], block_table=[[0]], max_tokens=4)
+    kept = handle.plan(q_lens=[1], kv_lens=[1], block_table=[[0]], max_batch=1)
+    with pytest.raises(InputError, match="this step takes extend"):
+        kept.update(q_lens=[2], kv_lens=[3], block_table=[[0]])
+
+
+def test_workspaces_belong_to_a_device_and_freeze() -> None:  # requirement X13, C3
+    here, there = hal.Workspace(torch.device("cpu")), hal.Workspace(torch.device("meta"))
+    buffer = here.get("fa.decode", 128)
+    assert here.get("fa.decode", 64) is buffer
+    assert here.get("other", 64) is not buffer
+    assert there.get("fa.decode", 128).device.type == "meta"
+    here.freeze()
+    assert here.get("fa.decode", 128) is buffer
+    with pytest.raises(
+        WorkspaceError, match=r"fa\.decode needs 256 bytes of scratch on cpu, has 128.*frozen"
+    ) as caught:
+        here.get("fa.decode", 256)
+    assert caught.value.owner == "fa.decode"
+    assert hal.workspace(torch.device("cpu")) is hal.workspace(torch.device("cpu"))
+    assert hal.workspace(torch.device("cpu")) is not hal.workspace(torch.device("meta"))

@@ -1,0 +1,81 @@
+"""Near misses: the smallest change that would admit a refused kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hal_ops.attention import AttentionRequest
+
+import hal
+
+
+def request(**changes: Any) -> AttentionRequest:
+    return AttentionRequest(**{"num_q_heads": 32, "num_kv_heads": 8, "head_dim": 128, **changes})
+
+
+def near(selection: hal.Selection) -> dict[str, hal.NearMiss]:
+    return {miss.text(): miss for miss in selection.near_misses()}
+
+
+@pytest.mark.parametrize(
+    ("asked", "fields", "text"),
+    [
+        ({"sinks": True}, {}, "without sinks"),
+        ({"window": 128}, {}, "without window"),
+        ({"softcap": 30.0}, {}, "without softcap"),
+        ({"page_size": 16}, {"page_size": hal.MultipleOf(64)}, "with page_size 64"),
+        ({"head_dim": 200}, {"head_dim": hal.Range(1, 128), "v_head_dim": hal.SameAs("head_dim")}, "with head_dim 128"),
+        ({"kv_layout": "NHD"}, {"kv_layout": hal.OneOf("HND")}, "with kv_layout HND"),
+        ({"causal": False}, {"causal": hal.OneOf(True)}, "with causal"),
+        ({"softmax_scale": 0.3}, {}, "with softmax_scale 0.0883883"),
+        ({"dtype": "float32", "kv_dtype": "bfloat16"}, {"dtype": hal.OneOf("bfloat16")}, "with dtype bfloat16"),
+    ],
+)
+def test_one_change_is_found(
+    fake_platform: Any, attention_kernel: Any, asked: dict[str, Any], fields: dict[str, Any], text: str
+) -> None:
+    fake_platform(kernels=[attention_kernel("lib.decode", fields=fields)])
+    selection = hal.select(request(**asked, phases=("decode",)))
+    found = [t for t in near(selection) if t.startswith(text)]
+    assert found == [next(iter(near(selection)))]
+    miss = near(selection)[found[0]]
+    assert miss.kernels == ("lib.decode",)
+    assert miss.first
+
+
+def test_the_change_really_admits_the_kernel(fake_platform: Any, library: Any) -> None:
+    fake_platform(kernels=library("lib", fields={"page_size": hal.MultipleOf(64), "head_dim": hal.OneOf(64, 256)}))
+    selection = hal.select(request(page_size=24, sinks=True))
+    for miss in selection.near_misses():
+        changed = selection.request.replace(**dict(miss.changes))
+        assert set(miss.kernels) <= set(hal.select(changed).kernels().values())
+
+
+def test_fewer_changes_come_first(fake_platform: Any, library: Any) -> None:
+    far = library("far", fields={"head_dim": hal.OneOf(64), "v_head_dim": hal.Anything()})
+    fake_platform(kernels=[*far, *library("close", priority=hal.Band.PERFORMANT)])
+    first, second = hal.select(request(sinks=True)).near_misses()
+    assert first.kernels[0] == "close.prefill"
+    assert second.kernels[0] == "far.prefill"
+    assert dict(second.changes) == {"head_dim": 64, "sinks": False}
+
+
+def test_what_to_install_is_a_near_miss(fake_platform: Any, library: Any) -> None:
+    needs = hal.Needs("fast-lib", ">=3", install="`pip install fast-lib`")
+    fake_platform(kernels=library("lib", needs=(needs,)))
+    (miss,) = hal.select(request()).near_misses()
+    assert miss.install == ("`pip install fast-lib`",)
+    assert "would be first" in miss.text()
+
+
+def test_other_hardware_is_no_near_miss(fake_platform: Any, library: Any) -> None:
+    fake_platform(kernels=library("lib", platforms={"fake": hal.Archs(only=("f99",))}))
+    assert hal.select(request(sinks=True)).near_misses() == ()
+
+
+def test_a_kernel_that_would_lose_anyway_is_no_near_miss(fake_platform: Any, library: Any) -> None:
+    fake_platform(
+        kernels=[*library("best", fields={"sinks": hal.Anything()}), *library("worse", priority=hal.Band.PORTABLE)]
+    )
+    assert hal.select(request(sinks=True)).near_misses() == ()
