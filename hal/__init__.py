@@ -70,8 +70,6 @@ _EXPORTS = {
 }
 
 __all__ = [
-    "PLUGIN_API",
-    "PRECEDENCE",
     "Anything",
     "Arch",
     "Archs",
@@ -90,6 +88,8 @@ __all__ = [
     "NearMiss",
     "Needs",
     "OneOf",
+    "PLUGIN_API",
+    "PRECEDENCE",
     "Pairs",
     "PhaseChoice",
     "Plan",

@@ -88,9 +88,16 @@ def _steering(selection: Selection) -> str:
     if any(c.measured for c in choices):
         parts.append("order measured by `hal tune`")
     elif not all(c.forced for c in choices):
-        why = "a simulated device is not measured" if selection.device.simulated else "`hal tune` would measure"
-        parts.append(f"order from priority bands ({why})")
+        parts.append(f"order from priority bands ({_why_unmeasured(selection)})")
     return "; ".join(parts)
+
+
+def _why_unmeasured(selection: Selection) -> str:
+    if selection.device.simulated:
+        return "a simulated device is not measured"
+    if any(c.microseconds is not None for choice in selection.choices.values() for c in choice.candidates):
+        return "the measured times differ too little, or speak for no verified kernel"
+    return "`hal tune` would measure"
 
 
 def _next_step(selection: Selection, forced: bool) -> Iterator[str]:

@@ -56,6 +56,7 @@ class Needs:
     because: str = ""
 
     def names(self) -> tuple[str, ...]:
+        """Distributions any one of which will do."""
         return self.distributions or (self.library,)
 
 
@@ -70,6 +71,7 @@ class Archs:
     at_least: str = ""
 
     def words(self) -> str:
+        """The rule in words, to follow "needs"."""
         return f"{self.at_least} or newer" if self.at_least else " or ".join(self.only) or "any"
 
     def refusal(self, arch: Arch, parse: Callable[[str], Arch]) -> str:
@@ -133,6 +135,7 @@ class Kernel:
 
     @property
     def band(self) -> Band:
+        """The band of the priority."""
         return Band.of(self.priority)
 
     def answers_to(self, name: str) -> bool:

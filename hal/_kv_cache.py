@@ -71,14 +71,17 @@ class KVCache:
 
     @property
     def num_pages(self) -> int:
+        """Pages in the cache."""
         return int(self.k.shape[0])
 
     @property
     def page_size(self) -> int:
+        """Tokens a page."""
         return int(self.k.shape[1 if self.layout == "NHD" else 2])
 
     @property
     def num_kv_heads(self) -> int:
+        """Heads of k and v."""
         return int(self.k.shape[2 if self.layout == "NHD" else 1])
 
     @property

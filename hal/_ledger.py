@@ -114,8 +114,8 @@ def write_json(path: Path, data: Any) -> None:
     """Replace a file by JSON, whole or not at all."""
     import tempfile
 
+    text = json.dumps(data, indent=1, sort_keys=True) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
-        json.dump(data, file, indent=1, sort_keys=True)
-        file.write("\n")
+        file.write(text)
     os.replace(file.name, path)

@@ -33,6 +33,7 @@ class Library:
     install: str = ""
 
     def names(self) -> tuple[str, ...]:
+        """Distributions that carry the library."""
         return self.distributions or (self.name,)
 
 

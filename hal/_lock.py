@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hal_ops import Request
+from hal_ops import AUTO, Request
 
 from hal._eligibility import Circumstances
 from hal._ledger import identity, write_json
@@ -138,12 +138,19 @@ def diff_locks(old: str | os.PathLike[str], new: str | os.PathLike[str]) -> list
     after = {(r["request_digest"], r["platform"], r["arch"]): r for r in read_lock(Path(new))}
     lines = []
     for key in sorted({*before, *after}):
-        where = f"{key[1]}:{key[2]} {(before.get(key) or after[key])['op']} {key[0]}"
+        where = _where(before.get(key) or after[key])
         if key not in after or key not in before:
             lines.append(f"{where}: {'only in ' + str(old) if key in before else 'only in ' + str(new)}")
         else:
             lines += [f"{where}: {line}" for line in _differences(before[key], after[key])]
     return lines
+
+
+def _where(row: Mapping[str, Any]) -> str:
+    """A decision in words: the device, the op, and what was asked for beyond false, none and auto."""
+    asked = {k: v for k, v in row["request"].items() if v not in (None, False, 0.0, AUTO, [None, None])}
+    fields = " ".join(f"{k}={','.join(map(str, v)) if isinstance(v, list) else v}" for k, v in asked.items())
+    return f"{row['platform']}:{row['arch']} {row['op']} {fields}"
 
 
 def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:

@@ -34,9 +34,9 @@ class NearMiss:
     first: bool = False
 
     def text(self) -> str:
-        """One line, such as ``without sinks: fa3.prefill, fa3.decode``."""
+        """One line, such as ``without sinks: fa3.prefill, fa3.decode would be chosen``."""
         steps = [_change(field, value) for field, value in self.changes] + list(self.install)
-        then = " and would be first" if self.first else ""
+        then = " would be chosen" if self.first else " would do"
         return f"{', '.join(steps)}: {', '.join(self.kernels)}{then}"
 
     def as_dict(self) -> dict[str, Any]:

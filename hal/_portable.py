@@ -96,7 +96,7 @@ def _merge_states() -> tuple[Kernel, ...]:
     fields: dict[str, Constraint] = {
         "num_heads": Anything((1, 6)),
         "v_head_dim": Range(1, None, (64, 80)),
-        "dtype": OneOf(*_FLOATS),
+        "dtype": OneOf("float32", "bfloat16", "float16"),
         "deterministic": OneOf(False, True),
     }
     return _call_kernels(MERGE_STATES, "hal_ops.merge_states.torch_merge:merge", fields)

@@ -34,12 +34,13 @@ def like(q: Tensor, k: Tensor, v: Tensor) -> Same:
 
 def guard(q: Tensor, k: Tensor, v: Tensor) -> Same:
     """By torch's own guard. Tensors are described, not kept alive."""
-    from torch._C._dynamo.guards import TensorGuards
+    import torch._C._dynamo.guards as guards
 
     tensors = (q, k, v)
     sizes: Any = [list(t.shape) for t in tensors]
     strides: Any = [list(t.stride()) for t in tensors]
-    check: Same = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+    make: Any = guards.TensorGuards
+    check: Same = make(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
     if not check(q, k, v):
         raise RuntimeError("TensorGuards does not recognise the tensors it was made of")
     return check

@@ -7,27 +7,28 @@ as any other, and is never replaced.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from hal_ops import AUTO, Op, Request
+from hal_ops import Op, Request
 
 from hal import _devices, _plugins, _settings
 from hal._device import Device
 from hal._eligibility import Circumstances, errata_for, why_not
+from hal._forced import Forced, forced_kernels
+from hal._joint import Job, decide_open_fields
 from hal._kernel import Band, Kernel
 from hal._ledger import Ledger
 from hal._reason import Reason
 from hal._registry import Registry
-from hal.errors import NoKernelError, UnknownKernelError
+from hal.errors import NoKernelError
 
 if TYPE_CHECKING:
     from hal._lock import Locked
     from hal._measurements import Measurements
 
-__all__ = ["PRECEDENCE", "Candidate", "PhaseChoice", "Selection", "select"]
+__all__ = ["Candidate", "PRECEDENCE", "PhaseChoice", "Selection", "select"]
 
 PRECEDENCE = (
     "call argument",
@@ -43,14 +44,6 @@ PRECEDENCE = (
 log = logging.getLogger("hal")
 broken: dict[str, Reason] = {}
 """Kernels whose code could not be imported or constructed in this process, with the reason."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Forced:
-    """A kernel or library that something asks for, and what does."""
-
-    name: str
-    source: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,40 +161,27 @@ def select_together(requests: Sequence[Request], *, device: Any = None, kernel: 
         _devices.device(device), registry, settings, Ledger(settings.cache_dir() / "ledger.json"), broken
     )
     jobs = [_job(request, kernel, around) for request in requests]
-    values = _decide_open_fields(jobs, around)
+    values = decide_open_fields(jobs, around)
     return tuple(_outcome(job, request, values, around) for job, request in zip(jobs, requests, strict=True))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    """One request on its way: exact for the device, with its phases and what forces them."""
-
-    op: Op
-    request: Request
-    phases: tuple[str, ...]
-    forced: Mapping[str, Forced]
-    notes: tuple[str, ...]
-
-    def open_fields(self) -> tuple[str, ...]:
-        rules = self.request.rules()
-        return tuple(f for f in self.request.open_fields() if any(rules[f].applies(p) for p in self.phases))
-
-    def with_values(self, values: Mapping[str, Any]) -> Request:
-        """The request with its open fields set; those that no phase of it looks at get their first preference."""
-        rules = self.request.rules()
-        changes = {f: values.get(f, rules[f].preferred[0]) for f in self.request.open_fields()}
-        return self.request.replace(**changes) if changes else self.request
-
-
-def _job(request: Request, kernel: Any, around: Circumstances) -> _Job:
+def _job(request: Request, kernel: Any, around: Circumstances) -> Job:
     op = around.registry.op(request.op)
     wanted = getattr(request, "phases", None) or op.phases
     phases = tuple(p for p in op.phases if p in wanted)
     lock = _locked(request, around)
-    resolved = request.resolved(around.device.capabilities)
+    resolved, notes = _resolved(request, around.device)
     resolved = resolved.replace(**lock.fields) if lock is not None and lock.fields else resolved
-    notes = () if lock is None else lock.notes
-    return _Job(op, resolved, phases, _forced(op, phases, kernel, lock, around), notes)
+    notes += () if lock is None else lock.notes
+    return Job(op, resolved, phases, forced_kernels(op, phases, kernel, lock, around), notes)
+
+
+def _resolved(request: Request, device: Device) -> tuple[Request, tuple[str, ...]]:
+    """The request exact for the device; what the device cannot make exact stays, and no kernel will admit it."""
+    try:
+        return request.resolved(device.capabilities), ()
+    except ValueError as error:
+        return request, (str(error),)
 
 
 def _locked(request: Request, around: Circumstances) -> Locked | None:
@@ -223,7 +203,7 @@ def _measurements(around: Circumstances) -> Measurements | None:
     return Measurements(path)
 
 
-def _outcome(job: _Job, asked: Request, values: Mapping[str, Any], around: Circumstances) -> Selection:
+def _outcome(job: Job, asked: Request, values: Mapping[str, Any], around: Circumstances) -> Selection:
     decided = job.with_values(values)
     choices = {p: _choose(job.op, p, decided, job.forced.get(p), around) for p in job.phases}
     joint = tuple(f"{f} {getattr(decided, f)}" for f in job.open_fields())
@@ -249,110 +229,6 @@ def _check_settings(settings: _settings.Settings, registry: Registry) -> None:
     disabled = settings.value("disable")
     for name in disabled.value:
         registry.check_known(name, disabled.source)
-
-
-def _forced(
-    op: Op, phases: tuple[str, ...], kernel: Any, lock: Locked | None, around: Circumstances
-) -> dict[str, Forced]:
-    """Phase to what forces it, by precedence."""
-    layers = [
-        _from_argument(op, kernel),
-        _from_settings(op, around, "hal.override"),
-        {p: Forced(name, f"lock file {around.settings['lock']}") for p, name in (lock.kernels if lock else {}).items()},
-        _from_settings(op, around, "variable"),
-        _from_settings(op, around, "config file"),
-    ]
-    forced: dict[str, Forced] = {}
-    for layer in reversed(layers):
-        for phase, choice in layer.items():
-            around.registry.check_name(choice.name, op.name, choice.source)
-            _apply(forced, choice, phase, op, phases, around.registry)
-    return forced
-
-
-def _apply(
-    forced: dict[str, Forced], choice: Forced, phase: str, op: Op, phases: tuple[str, ...], registry: Registry
-) -> None:
-    """Let a choice force its phases: a library all of them, a single kernel its own."""
-    exact = registry.kernels.get(choice.name)
-    if phase != "*" and exact is not None and exact.phase != phase:
-        raise UnknownKernelError(
-            f"{choice.source} asks for {choice.name!r} in the {phase} phase; it is a kernel of {exact.phase}",
-            name=choice.name,
-        )
-    for target in op.phases if phase == "*" else (phase,):
-        if target in phases and (exact is None or exact.phase == target):
-            forced[target] = choice
-
-
-def _from_argument(op: Op, kernel: Any) -> dict[str, Forced]:
-    if kernel is None:
-        return {}
-    pairs = kernel if isinstance(kernel, Mapping) else {"*": kernel}
-    for phase in pairs:
-        if phase != "*" and phase not in op.phases:
-            raise UnknownKernelError(
-                f"kernel={kernel!r}: op {op.name} has no phase {phase!r}; it has {', '.join(op.phases)}"
-            )
-    return {phase: Forced(str(name).strip().lower(), f"argument kernel={kernel!r}") for phase, name in pairs.items()}
-
-
-def _from_settings(op: Op, around: Circumstances, source: str) -> dict[str, Forced]:
-    keys = {f"op_{op.name}": "*", op.name: "*", **{f"{op.name}_{p}": p for p in op.phases}}
-    found = {}
-    for key, phase in keys.items():
-        value = around.settings.value(key)
-        if value.value is not None and value.source.startswith(source):
-            found[phase] = Forced(value.value, value.source)
-    return found
-
-
-def _decide_open_fields(jobs: Sequence[_Job], around: Circumstances) -> dict[str, Any]:
-    """Values for the fields left open with which all phases of all jobs together get their best kernels."""
-    fields = tuple(dict.fromkeys(f for job in jobs for f in job.open_fields()))
-    if not fields:
-        return {}
-    ceiling = _score(jobs, None, around)
-    best: dict[str, Any] = {}
-    best_score = (-1, -1)
-    for values in itertools.product(*(_values(f, jobs, around) for f in fields)):
-        candidate = dict(zip(fields, values, strict=True))
-        score = _score(jobs, candidate, around)
-        if score > best_score:
-            best, best_score = candidate, score
-        if score >= ceiling:
-            break
-    return best
-
-
-def _values(field: str, jobs: Sequence[_Job], around: Circumstances) -> tuple[Any, ...]:
-    """Preferred values first, then whatever the candidates' declarations name."""
-    preferred: list[Any] = []
-    declared: list[Any] = []
-    for job in (j for j in jobs if field in j.open_fields()):
-        preferred += job.request.rules()[field].preferred
-        kernels = [k for p in job.phases for k in around.registry.candidates(job.op.name, p) if field in k.fields]
-        declared += [v for k in kernels for v in k.fields[field].corners(job.request) if v != AUTO]
-    return tuple(dict.fromkeys((*preferred, *declared)))
-
-
-def _score(jobs: Sequence[_Job], values: Mapping[str, Any] | None, around: Circumstances) -> tuple[int, int]:
-    """How good the best kernels are: phases served first, then the sum of their priorities. None leaves fields open."""
-    served = 0
-    total = 0
-    for job in jobs:
-        request = job.request if values is None else job.with_values(values)
-        best = [_best_priority(job.op, p, request, job.forced.get(p), around) for p in job.phases]
-        served += sum(b is not None for b in best)
-        total += sum(b for b in best if b is not None)
-    return served, total
-
-
-def _best_priority(op: Op, phase: str, request: Request, forced: Forced | None, around: Circumstances) -> int | None:
-    for kernel in around.registry.candidates(op.name, phase):
-        if (forced is None or kernel.answers_to(forced.name)) and not why_not(kernel, request, around):
-            return kernel.priority
-    return None
 
 
 def _choose(op: Op, phase: str, request: Request, forced: Forced | None, around: Circumstances) -> PhaseChoice:

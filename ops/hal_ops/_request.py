@@ -43,6 +43,7 @@ class FieldRule:
     preferred: tuple[Any, ...] = ()
 
     def applies(self, phase: str) -> bool:
+        """Whether kernels of the phase look at the field."""
         return self.phases is None or phase in self.phases
 
 

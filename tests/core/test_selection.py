@@ -236,8 +236,12 @@ def test_generic_fp8_is_the_device_s_own_flavour(fake_platform: Any, library: An
         selection = hal.select(request(kv_dtype="fp8"))
         assert selection.request.kv_dtype == "float8_e4m3fnuz"
         assert selection.receipt()["request"]["kv_dtype"] == "fp8"
-    with hal.simulate("fake:f10,capabilities=bf16"), pytest.raises(ValueError, match="declares none"):
-        hal.select(request(kv_dtype="fp8"))
+    with hal.simulate("fake:f10,capabilities=bf16"):
+        selection = hal.select(request(kv_dtype="fp8"))
+    assert selection.kernels()["decode"] is None
+    assert "this device declares none" in selection.explain()
+    with pytest.raises(NoKernelError, match="name the format exactly"):
+        require(selection)
 
 
 def test_the_scale_is_written_into_the_request() -> None:  # requirement X12

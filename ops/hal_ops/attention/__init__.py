@@ -10,8 +10,8 @@ from hal_ops.attention.request import PHASES, AttentionRequest, Window, normaliz
 
 __all__ = [
     "ATTENTION",
-    "PHASES",
     "AttentionRequest",
+    "PHASES",
     "PagedAttention",
     "PrefillAttention",
     "Step",

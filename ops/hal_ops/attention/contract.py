@@ -86,7 +86,8 @@ class PrefillAttention(Protocol):
 class PagedAttention(Protocol):
     """Callable and planner of the extend and decode phases."""
 
-    def plan(self, step: Step) -> Any: ...
+    def plan(self, step: Step) -> Any:
+        """What this kernel wants to know about the step, from its host lengths alone."""
 
     def __call__(
         self,

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from hal_ops._dtypes import dtype_name, is_fp8
 from hal_ops._request import AUTO, Request, feature, required
 
-__all__ = ["PHASES", "AttentionRequest", "Window", "normalize_window"]
+__all__ = ["AttentionRequest", "PHASES", "Window", "normalize_window"]
 
 PHASES = ("prefill", "extend", "decode")
 PAGED = ("extend", "decode")

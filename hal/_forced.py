@@ -1,0 +1,82 @@
+"""Forced choices: what asks for a kernel or library, and which of them is heard."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from hal_ops import Op
+
+from hal._eligibility import Circumstances
+from hal._registry import Registry
+from hal.errors import UnknownKernelError
+
+if TYPE_CHECKING:
+    from hal._lock import Locked
+
+__all__ = ["Forced", "forced_kernels"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Forced:
+    """A kernel or library that something asks for, and what does."""
+
+    name: str
+    source: str
+
+
+def forced_kernels(
+    op: Op, phases: tuple[str, ...], kernel: Any, lock: Locked | None, around: Circumstances
+) -> dict[str, Forced]:
+    """Phase to what forces it, by precedence."""
+    layers = [
+        _from_argument(op, kernel),
+        _from_settings(op, around, "hal.override"),
+        {p: Forced(name, f"lock file {around.settings['lock']}") for p, name in (lock.kernels if lock else {}).items()},
+        _from_settings(op, around, "variable"),
+        _from_settings(op, around, "config file"),
+    ]
+    forced: dict[str, Forced] = {}
+    for layer in reversed(layers):
+        for phase, choice in layer.items():
+            around.registry.check_name(choice.name, op.name, choice.source)
+            _apply(forced, choice, phase, op, phases, around.registry)
+    return forced
+
+
+def _apply(
+    forced: dict[str, Forced], choice: Forced, phase: str, op: Op, phases: tuple[str, ...], registry: Registry
+) -> None:
+    """Let a choice force its phases: a library all of them, a single kernel its own."""
+    exact = registry.kernels.get(choice.name)
+    if phase != "*" and exact is not None and exact.phase != phase:
+        raise UnknownKernelError(
+            f"{choice.source} asks for {choice.name!r} in the {phase} phase; it is a kernel of {exact.phase}",
+            name=choice.name,
+        )
+    for target in op.phases if phase == "*" else (phase,):
+        if target in phases and (exact is None or exact.phase == target):
+            forced[target] = choice
+
+
+def _from_argument(op: Op, kernel: Any) -> dict[str, Forced]:
+    if kernel is None:
+        return {}
+    pairs = kernel if isinstance(kernel, Mapping) else {"*": kernel}
+    for phase in pairs:
+        if phase != "*" and phase not in op.phases:
+            raise UnknownKernelError(
+                f"kernel={kernel!r}: op {op.name} has no phase {phase!r}; it has {', '.join(op.phases)}"
+            )
+    return {phase: Forced(str(name).strip().lower(), f"argument kernel={kernel!r}") for phase, name in pairs.items()}
+
+
+def _from_settings(op: Op, around: Circumstances, source: str) -> dict[str, Forced]:
+    keys = {f"op_{op.name}": "*", op.name: "*", **{f"{op.name}_{p}": p for p in op.phases}}
+    found = {}
+    for key, phase in keys.items():
+        value = around.settings.value(key)
+        if value.value is not None and value.source.startswith(source):
+            found[phase] = Forced(value.value, value.source)
+    return found

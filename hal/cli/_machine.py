@@ -1,0 +1,123 @@
+"""The machine that a command answers for: this one, or a simulated one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import click
+
+from hal.errors import DeviceError, SimulationError, did_you_mean
+
+__all__ = ["machine", "machine_options"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_REAL = re.compile(r"\w+(:\d+)?\Z")
+_KEPT = ("torch", "triton")
+
+_DEVICE_HELP = (
+    "A device of this machine, such as nvidia:0, or one to simulate: platform:arch with further facts, such as "
+    "nvidia:sm_100,cuda=12.8,driver=570. Default: the default device."
+)
+_LIBRARY_HELP = (
+    "Suppose that this is installed, written name==version; may be given more than once. What is given replaces "
+    "everything that is really installed, except torch and triton."
+)
+
+
+def machine_options(command: F) -> F:
+    """Add ``--device`` and ``--library``."""
+    device = click.option("--device", metavar="DEVICE", help=_DEVICE_HELP)
+    library = click.option("--library", "libraries", metavar="NAME==VERSION", multiple=True, help=_LIBRARY_HELP)
+    return device(library(command))
+
+
+@contextmanager
+def machine(device: str | None, libraries: Sequence[str] = ()) -> Iterator[Any]:
+    """Answer for this device and these libraries inside the block; gives the ``hal.Device``.
+
+    Raises:
+        click.BadParameter: the description of a device or a library does not parse.
+        DeviceError: this machine has no such device.
+    """
+    from hal import _devices, _simulate
+
+    text = device if device and not _REAL.match(device.strip()) else None
+    with _simulate.simulate(text, libraries=_supposed(libraries)):
+        if text is None:
+            yield _real(device)
+            return
+        try:
+            found = _devices.devices()
+        except SimulationError as error:
+            raise click.BadParameter(str(error), param_hint="'--device'") from error
+        yield found[0]
+
+
+def _real(device: str | None) -> Any:
+    from hal import _devices
+
+    try:
+        return _devices.device(device)
+    except DeviceError as error:
+        hint = _simulation_hint(device)
+        raise DeviceError(f"{error}{hint}", evidence=error.evidence) from error
+
+
+def _simulation_hint(text: str | None) -> str:
+    """What to write to simulate, for a text that is an arch of some platform."""
+    from hal import _plugins
+
+    arch = (text or "").partition(":")[2] or text or ""
+    meant = [f"--device {name}:{arch}" for name, p in _plugins.registry().platforms.items() if _is_arch(p, arch)]
+    return f"\nTo simulate one that is not here: {' or '.join(meant)}" if meant else ""
+
+
+def _is_arch(platform: Any, text: str) -> bool:
+    try:
+        arch = platform.parse_arch(text)
+    except ValueError:
+        return False
+    return bool(arch.line)
+
+
+def _supposed(libraries: Sequence[str]) -> dict[str, str] | None:
+    """The libraries to simulate, or None for those that are installed."""
+    from hal._libraries import installed, normalize
+
+    if not libraries:
+        return None
+    known = _known_libraries()
+    found = {name: str(installed(name)) for name in _KEPT if installed(name) is not None}
+    for text in libraries:
+        name, equals, version = (part.strip() for part in text.partition("=="))
+        if not (name and equals and version):
+            raise click.BadParameter(f"{text!r}: write name==version", param_hint="'--library'")
+        if normalize(name) not in known:
+            raise click.BadParameter(_unknown_library(name, known), param_hint="'--library'")
+        found[known[normalize(name)]] = version
+    return found
+
+
+def _unknown_library(name: str, known: dict[str, str]) -> str:
+    listed = ", ".join(sorted(set(known.values())))
+    return f"no kernel here looks for a library called {name!r}.{did_you_mean(name, known)} Known: {listed}"
+
+
+def _known_libraries() -> dict[str, str]:
+    """Normal form of every name that a library goes by, to the distribution to suppose installed."""
+    from hal import _plugins
+    from hal._libraries import normalize
+
+    registry = _plugins.registry()
+    named = [(lib.name, lib.names()) for lib in registry.libraries.values()]
+    named += [(needs.library, needs.names()) for kernel in registry.kernels.values() for needs in kernel.needs]
+    named += [(e.library, (e.library,)) for e in registry.errata if e.library]
+    known = {normalize(name): name for name in _KEPT}
+    for name, distributions in named:
+        known.setdefault(normalize(name), distributions[0])
+    known.update({normalize(d): d for _, distributions in named for d in distributions})
+    return known
