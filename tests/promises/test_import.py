@@ -1,0 +1,142 @@
+"""``import hal`` is free: nothing else is imported, nothing is looked for, nothing is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Fresh = Callable[..., Any]
+
+USE = """
+import hal
+from hal_ops.attention import AttentionRequest
+
+request = AttentionRequest(num_q_heads=8, num_kv_heads=2, head_dim=64)
+facts = {
+    "devices": [d.id for d in hal.devices()],
+    "here": hal.select(request, device="cpu").kernels(),
+    "there": hal.select(request, device=hal.devices()[0]).explain(),
+    "report": sorted(hal.probe_report()),
+    "plugins": {p.name: p.status for p in hal.plugins()},
+    "receipt": hal.select(request, device="cpu").receipt()["digest"],
+}
+"""
+
+
+def test_import_takes_nothing_with_it(fresh: Fresh) -> None:
+    # requirement X8, P16
+    loaded, modules = fresh(
+        """
+        forbid_entry_points()
+        import hal
+        answer([others(), sorted(name for name in sys.modules if name.startswith("hal"))])
+        """
+    )
+    assert loaded == ["hal"]
+    assert modules == ["hal"]
+
+
+def test_no_public_name_needs_torch_or_entry_points(fresh: Fresh) -> None:
+    # requirement X8, R11, P40
+    loaded = fresh(
+        """
+        forbid_entry_points()
+        block("torch", "numpy", "triton")
+        import hal
+        for name in hal.__all__:
+            getattr(hal, name)
+        answer(others())
+        """
+    )
+    assert set(loaded) <= {"hal", "hal_ops", "packaging"}
+
+
+def test_deciding_imports_no_torch_and_no_library_of_a_vendor(fresh: Fresh) -> None:
+    # requirement X8, P16, P40
+    loaded = fresh(USE + "answer([name for name in others() if not name.startswith('hal')])")
+    assert set(loaded) <= {"packaging", "pynvml", "tomli"}
+
+
+def test_it_works_where_torch_and_all_libraries_are_missing(fresh: Fresh) -> None:
+    # requirement X8, B11, P17
+    blocked = ("torch", "numpy", "triton", "click", "rich", "pynvml", "amdsmi", "pymtml", "torch_musa", "flash_attn",
+               "flash_attn_interface", "flashinfer", "aiter", "mate")  # fmt: skip
+    facts = fresh(f"block{blocked!r}\n{USE}\nanswer(facts)")
+    assert "cpu:0" in facts["devices"]
+    assert set(facts["here"]) == {"prefill", "extend", "decode"}
+    assert "prefill" in facts["there"]
+    assert {"cpu", "portable"} <= set(facts["report"])
+    assert "failed" not in facts["plugins"].values()
+
+
+def test_planning_for_other_hardware_works_where_there_is_none(fresh: Fresh) -> None:
+    # requirement P17, E14
+    text = fresh(
+        """
+        block("torch", "pynvml")
+        import hal
+        from hal_ops.attention import AttentionRequest
+        with hal.simulate(devices="cpu:x86_64*4", libraries={"torch": "2.9.0"}):
+            assert [d.id for d in hal.devices()] == ["cpu:0", "cpu:1", "cpu:2", "cpu:3"]
+            answer(hal.select(AttentionRequest(num_q_heads=8, num_kv_heads=2, head_dim=64)).explain())
+        """
+    )
+    assert "cpu:x86_64" in text
+    assert "simulated" in text
+
+
+TORCH = '''
+"""A torch that must not be touched."""
+import sys
+import types
+
+__version__ = "2.9.0"
+
+
+class Untouchable(types.ModuleType):
+    def is_initialized(self):
+        return False
+
+    def __getattr__(self, name):
+        raise AssertionError(f"{self.__name__}.{name} was touched")
+
+
+for name in ("cuda", "musa", "ops"):
+    globals()[name] = sys.modules[f"torch.{name}"] = Untouchable(f"torch.{name}")
+'''
+
+
+def test_a_torch_that_is_there_is_not_woken(fresh: Fresh, tmp_path: Path) -> None:
+    # requirement P16, P40, X8
+    package = tmp_path / "stub" / "torch"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(TORCH)
+    (package / "version.py").write_text("__version__ = '2.9.0'\ncuda = '12.8'\nhip = None\n")
+    devices, file = fresh(
+        f"import torch\n{USE}\nhal.device()\nanswer([facts['devices'], torch.__file__])", path=(str(tmp_path / "stub"),)
+    )
+    assert "cpu:0" in devices
+    assert file.startswith(str(tmp_path))
+
+
+def test_the_environment_is_left_alone(fresh: Fresh) -> None:
+    # requirement P49
+    changed = fresh(
+        f"""
+        before = dict(os.environ)
+        import hal
+        {USE.replace(chr(10), chr(10) + "        ")}
+        with hal.override(strict=True, platform="cpu"), hal.simulate(devices="cpu:x86_64"):
+            hal.select(request)
+        answer(sorted(k for k in {{*before, *os.environ}} if before.get(k) != os.environ.get(k)))
+        """
+    )
+    assert changed == []
+
+
+def test_nothing_is_written_by_looking(fresh: Fresh, tmp_path: Path) -> None:
+    # requirement P49
+    places = {name: str(tmp_path / name) for name in ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME")}
+    fresh(USE, variables=places)
+    assert [path for path in tmp_path.rglob("*") if "__pycache__" not in path.parts] == []
