@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from hal_ops import is_fp8, torch_dtype
-from hal_ops.attention import AttentionRequest, Step
-
 from hal import _inputs, _kv_cache, _same
 from hal._kernel import Band
 from hal._kv_cache import KVCache
 from hal._plan import Buffers, Plan, make_step
 from hal._selection import Selection
 from hal.errors import InputError
+from hal_ops import is_fp8, torch_dtype
+from hal_ops.attention import AttentionRequest, Step
 
 if TYPE_CHECKING:
     from torch import Tensor

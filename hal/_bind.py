@@ -8,14 +8,13 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from hal_ops import Op, Request, resolve_target
-
 from hal import _selection
 from hal._device import Device
 from hal._kernel import Kernel
 from hal._reason import Reason
 from hal._selection import Selection
 from hal.errors import DeviceError, NoKernelError
+from hal_ops import Op, Request, resolve_target
 
 __all__ = ["bind", "fallback_counts"]
 

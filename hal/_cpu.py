@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from hal_ops import FP8_DTYPES
-
 from hal._arch import Arch
 from hal._constraints import Anything, Constraint, OneOf, Range, Windows
 from hal._cpu_probe import cpu_capabilities, parse_cpu_arch, probe_cpu
@@ -13,6 +11,7 @@ from hal._device import Probe
 from hal._kernel import Archs, Band, Kernel, Needs
 from hal._libraries import Library
 from hal._platform import Platform
+from hal_ops import FP8_DTYPES
 
 __all__ = ["CpuPlatform"]
 

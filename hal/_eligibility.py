@@ -9,8 +9,6 @@ import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from hal_ops import AUTO, Request
-
 from hal._device import Device
 from hal._kernel import Band, Kernel, Needs
 from hal._ledger import Ledger, Row
@@ -19,6 +17,7 @@ from hal._reason import Reason
 from hal._registry import Registry
 from hal._settings import Settings
 from hal._version import Version
+from hal_ops import AUTO, Request
 
 if TYPE_CHECKING:
     from hal._errata import Erratum

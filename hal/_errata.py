@@ -10,14 +10,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from hal_ops import AUTO, Request
-
 from hal._constraints import Constraint, MultipleOf, OneOf, Range
 from hal._device import Device
 from hal._kernel import Kernel
 from hal._libraries import installed
 from hal._reason import Reason
 from hal.errors import RegistrationError, did_you_mean
+from hal_ops import AUTO, Request
 
 __all__ = ["Erratum", "load_errata"]
 

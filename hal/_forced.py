@@ -6,11 +6,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from hal_ops import Op
-
 from hal._eligibility import Circumstances
 from hal._registry import Registry
 from hal.errors import UnknownKernelError
+from hal_ops import Op
 
 if TYPE_CHECKING:
     from hal._lock import Locked

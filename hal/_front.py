@@ -7,16 +7,15 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hal_ops import AUTO, Request
-from hal_ops.attention import AttentionRequest
-from hal_ops.kv_cache import KvCacheWriteRequest
-
 from hal import _devices, _libraries, _plugins, _selection, _settings, _simulate
 from hal._attention import Attention, check_needs_cache
 from hal._bind import bind
 from hal._registry import Registry
 from hal._selection import Selection
 from hal.errors import InputError, did_you_mean
+from hal_ops import AUTO, Request
+from hal_ops.attention import AttentionRequest
+from hal_ops.kv_cache import KvCacheWriteRequest
 
 __all__ = ["BoundOp", "get_attention", "get_attentions", "get_op", "receipts"]
 

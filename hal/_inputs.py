@@ -5,10 +5,9 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING, Any
 
-from hal_ops.attention import Step
-
 from hal import _kv_cache
 from hal.errors import InputError
+from hal_ops.attention import Step
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,10 +7,9 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hal_ops import AUTO, Op, Request
-
 from hal._eligibility import Circumstances, why_not
 from hal._forced import Forced
+from hal_ops import AUTO, Op, Request
 
 __all__ = ["Job", "decide_open_fields"]
 

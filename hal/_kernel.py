@@ -9,13 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from hal_ops import Op, Request
-
 from hal._arch import Arch
 from hal._constraints import Constraint
 from hal._device import Device
 from hal._reason import Reason
 from hal.errors import RegistrationError, did_you_mean
+from hal_ops import Op, Request
 
 __all__ = ["Archs", "Band", "Kernel", "Needs"]
 

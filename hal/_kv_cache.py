@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from hal.errors import InputError
 from hal_ops import dtype_name, is_fp8, torch_dtype
 from hal_ops.attention import AttentionRequest
-
-from hal.errors import InputError
 
 if TYPE_CHECKING:
     import torch

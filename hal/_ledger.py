@@ -14,13 +14,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from hal_ops import AUTO, Request
-
 from hal._device import Device
 from hal._kernel import Kernel
 from hal._libraries import installed
 from hal._version import Version
 from hal.errors import HalError
+from hal_ops import AUTO, Request
 
 __all__ = ["Ledger", "Row", "identity"]
 

@@ -11,11 +11,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hal_ops import AUTO, Request
-
 from hal._eligibility import Circumstances
 from hal._ledger import identity, write_json
 from hal.errors import LockError, RankMismatchError
+from hal_ops import AUTO, Request
 
 if TYPE_CHECKING:
     from hal._selection import Selection

@@ -13,12 +13,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from hal_ops import Request
-
 from hal._eligibility import Circumstances
 from hal._kernel import Kernel
 from hal._ledger import file_stamp, identity, write_json
 from hal.errors import HalError
+from hal_ops import Request
 
 __all__ = ["MARGIN", "Measurement", "Measurements", "request_key"]
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from hal_ops import Request
-
 from hal._eligibility import Circumstances, why_not
 from hal._kernel import Kernel
 from hal._reason import Reason
+from hal_ops import Request
 
 if TYPE_CHECKING:
     from hal._selection import Selection

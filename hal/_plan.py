@@ -6,9 +6,8 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from hal_ops.attention import Step
-
 from hal.errors import InputError, PlanMismatchError
+from hal_ops.attention import Step
 
 if TYPE_CHECKING:
     import torch

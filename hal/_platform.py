@@ -13,11 +13,10 @@ from hal._device import Device, Probe
 from hal.errors import PluginError
 
 if TYPE_CHECKING:
-    from hal_ops import Op
-
     from hal._errata import Erratum
     from hal._kernel import Kernel
     from hal._libraries import Library
+    from hal_ops import Op
 
 __all__ = ["PLUGIN_API", "Platform"]
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from hal_ops import FP8_DTYPES, Op
-from hal_ops.attention import ATTENTION
-from hal_ops.kv_cache import KV_CACHE_WRITE
-from hal_ops.merge_states import MERGE_STATES
-
 from hal._arch import Arch
 from hal._constraints import Anything, Constraint, OneOf, Range, Windows
 from hal._device import Evidence, Probe
 from hal._kernel import Band, Kernel
 from hal._platform import Platform
+from hal_ops import FP8_DTYPES, Op
+from hal_ops.attention import ATTENTION
+from hal_ops.kv_cache import KV_CACHE_WRITE
+from hal_ops.merge_states import MERGE_STATES
 
 __all__ = ["PortablePlatform"]
 

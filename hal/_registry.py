@@ -10,13 +10,13 @@ import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from hal_ops import Op
 from packaging.requirements import Requirement
 
 from hal._kernel import Band, Kernel
 from hal._libraries import Library, normalize
 from hal._platform import Platform
 from hal.errors import RegistrationError, UnknownKernelError, UnknownOpError, did_you_mean
+from hal_ops import Op
 
 if TYPE_CHECKING:
     from hal._errata import Erratum
@@ -95,10 +95,16 @@ class Registry:
         """Add known-bad rows.
 
         Raises:
-            RegistrationError: two different rows have one id.
+            RegistrationError: two different rows have one id, or a condition names no field of any request.
         """
         known = {row.id: row for row in self.errata}
+        fields = {name for op in self.ops.values() for name in (*op.request.rules(), *op.request.derived)}
         for row in rows:
+            wrong = [name for name in row.when if name not in fields]
+            if wrong:
+                near = did_you_mean(wrong[0], fields)
+                text = f"erratum {row.id!r}: no op's request has a field {wrong[0]!r}.{near}"
+                raise RegistrationError(text, name=row.id)
             if known.setdefault(row.id, row) != row:
                 raise RegistrationError(f"two errata have the id {row.id!r}", name=row.id)
         self.errata = tuple(known.values())
@@ -111,6 +117,7 @@ class Registry:
             )
         op = self.op(kernel.op)
         kernel.validate(op)
+        self._check_archs(kernel)
         if kernel.name in self.kernels:
             other = self.sources[f"kernel:{kernel.name}"]
             raise RegistrationError(
@@ -121,6 +128,14 @@ class Registry:
                 f"kernel {kernel.name!r}: the PLUGIN band is for others' distributions", name=kernel.name
             )
         return kernel if kernel.op == op.name else dataclasses.replace(kernel, op=op.name)
+
+    def _check_archs(self, kernel: Kernel) -> None:
+        for name, archs in kernel.platforms.items():
+            if archs.at_least and name in self.platforms:
+                try:
+                    self.platforms[name].parse_arch(archs.at_least)
+                except ValueError as error:
+                    raise RegistrationError(f"kernel {kernel.name!r}: {error}", name=kernel.name) from error
 
     def copy(self) -> Registry:
         """A registry of its own with the same contents, to try a plugin on."""

@@ -11,8 +11,6 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from hal_ops import Op, Request
-
 from hal import _devices, _plugins, _settings
 from hal._device import Device
 from hal._eligibility import Circumstances, errata_for, why_not
@@ -23,6 +21,7 @@ from hal._ledger import Ledger
 from hal._reason import Reason
 from hal._registry import Registry
 from hal.errors import NoKernelError
+from hal_ops import Op, Request
 
 if TYPE_CHECKING:
     from hal._lock import Locked

@@ -14,8 +14,6 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from hal_ops import Op, Request
-
 from hal import _bind, _devices, _selection
 from hal._device import Device
 from hal._eligibility import Circumstances
@@ -24,6 +22,7 @@ from hal._ledger import identity
 from hal._measurements import Measurement, Measurements, request_key
 from hal.testing._cases import Planned, make_timing_case
 from hal.testing._verify import circumstances, refusals, verify
+from hal_ops import Op, Request
 
 if TYPE_CHECKING:
     import torch

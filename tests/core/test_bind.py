@@ -7,11 +7,11 @@ import sys
 from typing import Any
 
 import pytest
-from hal_ops.attention import PHASES
 
 import hal
 from hal import _bind
 from hal.errors import NoKernelError
+from hal_ops.attention import PHASES
 
 SMALL = {"num_q_heads": 2, "num_kv_heads": 1, "head_dim": 8, "dtype": "float32"}
 

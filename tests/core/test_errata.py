@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hal_ops.attention import AttentionRequest
 
 import hal
 from hal.errors import RegistrationError
+from hal_ops.attention import AttentionRequest
 
 ROW = {
     "id": "lib-1",
@@ -108,6 +108,7 @@ def test_an_edited_file_is_read_again(with_rows: Any) -> None:
         ([{**ROW, "when": {"page_size": {"maximum": 3}}}], "when.page_size: give a list"),
         ([ROW, {**ROW, "summary": "other"}], "two errata have the id 'lib-1'"),
         (["x"], "row 0: must be an object"),
+        ([{**ROW, "when": {"page_sise": [8]}}], "no op's request has a field 'page_sise'. Did you mean 'page_size'"),
     ],
 )
 def test_a_wrong_file_says_which_row(with_rows: Any, rows: list[Any], text: str) -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hal_ops.attention import PHASES, AttentionRequest
 
 import hal
 from hal._selection import PRECEDENCE, require
 from hal.errors import NoKernelError, UnknownKernelError
+from hal_ops.attention import PHASES, AttentionRequest
 
 
 def request(**changes: Any) -> AttentionRequest:

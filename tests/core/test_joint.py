@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hal_ops.attention import PHASES, AttentionRequest
 
 import hal
 from hal._selection import select_together
 from hal.errors import InputError
+from hal_ops.attention import PHASES, AttentionRequest
 
 
 def request(**changes: Any) -> AttentionRequest:

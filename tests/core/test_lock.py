@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hal_ops.attention import AttentionRequest
 
 import hal
 from hal.errors import LockError, RankMismatchError
+from hal_ops.attention import AttentionRequest
 
 
 def request(**changes: Any) -> AttentionRequest:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hal_ops.attention import AttentionRequest
 
 import hal
+from hal_ops.attention import AttentionRequest
 
 
 def request(**changes: Any) -> AttentionRequest:

@@ -8,13 +8,13 @@ import math
 from typing import Any
 
 import pytest
-from hal_ops.attention import PHASES, AttentionRequest
 
 import hal
 from hal._eligibility import why_not
 from hal._registry import Registry
 from hal._selection import require
 from hal.errors import NoKernelError, SettingError, UnknownKernelError, UnknownOpError
+from hal_ops.attention import PHASES, AttentionRequest
 
 FEATURES: dict[str, Any] = {
     "window": (127, 0),
@@ -109,9 +109,8 @@ def test_all_reasons_are_collected_not_just_the_first(
         )
     )
     found = {r.code for r in reasons(hal.select(request()), "picky.decode")}
-    assert found == {
-        "arch_not_listed", "not_installed", "runtime_too_old", "driver_too_old", "capability_missing", "head_dim", "dtype",
-    }  # fmt: skip
+    hardware = {"arch_not_listed", "runtime_too_old", "driver_too_old", "capability_missing"}
+    assert found == hardware | {"not_installed", "head_dim", "dtype"}
 
 
 def test_a_missing_library_blames_the_library_and_an_old_device_the_device(
@@ -312,7 +311,7 @@ def test_a_disabled_kernel_or_library_is_never_chosen(
     assert selection.kernels() == {"prefill": "one.prefill", "extend": "one.extend", "decode": "reference.decode"}
     assert reasons(selection, "one.decode")[0].code == "disabled_by_env"
     monkeypatch.setenv("HAL_DISABLE", "onee")
-    with pytest.raises(UnknownKernelError, match="variable HAL_DISABLE names 'onee'.*Did you mean 'one'"):
+    with pytest.raises(UnknownKernelError, match=r"variable HAL_DISABLE names 'onee'.*Did you mean 'one'"):
         hal.select(request())
 
 
@@ -365,3 +364,10 @@ def test_an_unknown_platform_is_refused_by_name(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("HAL_PLATFORM", "cpuu")
     with pytest.raises(SettingError, match="Did you mean 'cpu'"):
         hal.select(request())
+
+
+def test_a_minimum_arch_that_does_not_parse_is_a_wrong_declaration(fake_platform: Any, library: Any) -> None:
+    fake_platform(kernels=library("lib", platforms={"fake": hal.Archs(at_least="x90")}))
+    (record,) = [p for p in hal.plugins() if p.name == "fake"]
+    assert record.status == "failed"
+    assert "'x90' is no arch of platform 'fake'" in record.error

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from hal_ops.attention import PHASES
 
 import hal
+from hal_ops.attention import PHASES
 
 pytestmark = pytest.mark.gpu
 
@@ -126,5 +126,5 @@ def test_host_and_device_mistakes_are_caught_before_a_launch() -> None:
     handle(q, k, v)
     with pytest.raises(hal.errors.InputError, match="k is on cpu"):
         handle(q, k.cpu(), v)
-    with pytest.raises(hal.errors.InputError, match="q is torch.float16"):
+    with pytest.raises(hal.errors.InputError, match=r"q is torch\.float16"):
         handle(q.half(), k, v)
