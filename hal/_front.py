@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from hal import _devices, _libraries, _plugins, _selection, _settings, _simulate
 from hal._attention import Attention, check_needs_cache
@@ -21,7 +21,7 @@ __all__ = ["BoundOp", "get_attention", "get_attentions", "get_op", "receipts"]
 
 _handles: dict[Any, Any] = {}
 _decided: dict[tuple[str, str, str], Selection] = {}
-_states: dict[Any, tuple[tuple[str, ...], tuple[str, ...]]] = {}
+_states: dict[Any, _State] = {}
 _lock = threading.RLock()
 
 
@@ -220,20 +220,39 @@ def _key(name: str, fields: Mapping[str, Any], device: Any, kernel: Any) -> Any:
     try:
         if state not in _states:
             _states[state] = _state_of(_plugins.registry())
-        variables, torch_types = _states[state]
-        current = () if device is not None else tuple(map(_devices.current_index, torch_types))
-        key = (name, tuple(fields.items()), device, forced, state, tuple(map(os.environ.get, variables)), current)
+        watched = _states[state]
+        seen = (*map(os.environ.get, watched.variables), *map(_stamp, watched.files))
+        current = () if device is not None else tuple(map(_devices.current_index, watched.torch_types))
+        key = (name, tuple(fields.items()), device, forced, state, seen, current)
         hash(key)
     except TypeError:
         return None
     return key
 
 
-def _state_of(registry: Registry) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of the visibility variables, and the torch device types that have a current device."""
-    platforms = registry.platforms.values()
+class _State(NamedTuple):
+    """What to look at to see whether a kept handle still is what would be made."""
+
+    variables: tuple[str, ...]
+    torch_types: tuple[str, ...]
+    files: tuple[str, ...]
+
+
+def _state_of(registry: Registry) -> _State:
+    platforms, settings = registry.platforms.values(), _settings.current()
     variables = dict.fromkeys(name for p in platforms for name in p.visibility)
-    return tuple(variables), tuple(dict.fromkeys(p.torch_type for p in platforms if p.torch_type != "cpu"))
+    torch_types = dict.fromkeys(p.torch_type for p in platforms if p.torch_type != "cpu")
+    kept = [settings.cache_dir() / "ledger.json", settings.cache_dir() / "measurements.json"]
+    files = [str(f) for f in (*kept, settings["lock"]) if f is not None]
+    return _State(tuple(variables), tuple(torch_types), tuple(files))
+
+
+def _stamp(file: str) -> tuple[int, int] | None:
+    try:
+        found = os.stat(file)
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size
 
 
 def _remember(key: Any, handle: Any) -> None:

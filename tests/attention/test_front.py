@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from hal_ops.attention import PHASES
 
 import hal
+from hal._ledger import Ledger, Row, identity
+from hal_ops.attention import PHASES
 
 SMALL: dict[str, Any] = {"num_q_heads": 6, "num_kv_heads": 2, "head_dim": 16, "dtype": "float32", "device": "cpu"}
 
@@ -35,6 +36,21 @@ def test_equal_requests_give_one_handle() -> None:  # requirement R6
     assert hal.get_attention(**SMALL) is first
     assert hal.get_attention(**SMALL, window=8) is other
     assert hal.get_attention(**{**SMALL, "dtype": torch.float32}).request == first.request
+
+
+def test_a_kernel_that_fails_verification_leaves_the_handles_of_this_process(tmp_path: Any, monkeypatch: Any) -> None:
+    # requirement X4
+    monkeypatch.setenv("HAL_CACHE_DIR", str(tmp_path))
+    before = hal.get_attention(**SMALL, page_size=16, kv_layout="NHD")
+    kernel = hal._plugins.registry().kernels["torch_cpu.decode"]
+    key, corner = identity(kernel, hal.device("cpu")), before.request.corner("decode")
+    Ledger(tmp_path / "ledger.json").record([Row(kernel.name, key, corner, "failed", "off by 3", "2026-01-01")])
+    after = hal.get_attention(**SMALL, page_size=16, kv_layout="NHD")
+    assert before.kernels()["decode"] == "torch_cpu.decode"
+    assert after.kernels()["decode"] == "reference.decode"
+    assert "failed verification on this device on 2026-01-01: off by 3" in after.explain()
+    elsewhere = hal.get_attention(**SMALL)
+    assert (elsewhere.request.page_size, elsewhere.kernels()["decode"]) == (32, "torch_cpu.decode")
 
 
 def test_dense(subtests: Any) -> None:
