@@ -15,7 +15,7 @@ from hal_ops import FP8_DTYPES
 
 __all__ = ["CpuPlatform"]
 
-_DTYPES = ("float32", "bfloat16", "float16")
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
 _TORCH = Needs("torch", ">=2.6", install="`pip install torch`")
 
 

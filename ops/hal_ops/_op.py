@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hal_ops._request import Request
+from hal_ops._traced import Traced
 
 __all__ = ["Op", "resolve_target"]
 
@@ -22,9 +23,9 @@ class Op:
 
     * ``reference[phase]``: a factory ``(request, device) -> callable`` computing in float32; the oracle.
     * ``cases``: a function ``(request, phase, *, device, seed) -> Case`` that makes inputs with poisoned unused slots.
-    ``aliases`` are earlier names of the op, which still work and warn.
-
+    * ``aliases``: earlier names of the op, which still work and warn.
     * ``attributes`` of an implementation beside its call: ``"plan"`` for phases that need per-step metadata.
+    * ``traced``: the call's schema and empty outputs, for compilers that trace; without it the op cannot be compiled.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Op:
     reference: Mapping[str, str] = dataclasses.field(default_factory=dict)
     cases: str | None = None
     aliases: tuple[str, ...] = ()
+    traced: Traced | None = None
 
     def __hash__(self) -> int:
         return hash(self.name)

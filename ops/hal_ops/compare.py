@@ -46,6 +46,7 @@ class Comparison:
 
     @property
     def ok(self) -> bool:
+        """Whether every gate is passed."""
         return not self.failures
 
     def report(self) -> str:

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hal_ops.attention import AttentionRequest
-from hal_ops.kv_cache import KvCacheWriteRequest
-from hal_ops.merge_states import MergeStatesRequest
 
 import hal
 from hal._selection import require
 from hal.cli._models import MODELS, requests_for
 from hal.errors import NoKernelError
 from hal.testing import decision_matrix
+from hal_ops.attention import AttentionRequest
+from hal_ops.kv_cache import KvCacheWriteRequest
+from hal_ops.merge_states import MergeStatesRequest
 
 GOLDEN = Path(__file__).parent / "decisions.json"
 

@@ -238,7 +238,12 @@ def logsumexp_works() -> bool:
         q = torch.linspace(-2.0, 2.0, 2 * 3 * 5 * 8).view(2, 3, 5, 8)
         k, v = q.flip(2, 3) * 1.5, q.roll(1, 2)
         bias = _mask(5, 5, 1, (2, 1), 1, torch.float32, q.device)
-        found, wanted = _operator(q, k, v, bias, False, 0.5), _formula(q, k, v, bias, False, 0.5)
+        wanted = _formula(q, k, v, bias, False, 0.5)
+        try:
+            found = _operator(q, k, v, bias, False, 0.5)
+        except (RuntimeError, TypeError):
+            # Another torch may have given the private operator other arguments; the formula needs none of it.
+            return False
         same = (a.shape == b.shape and torch.allclose(a, b, atol=1e-5) for a, b in zip(found, wanted, strict=True))
         return all(same)
 
@@ -248,5 +253,5 @@ def fused_gqa() -> bool:
     """Whether torch's fused CPU attention takes fewer kv heads than q heads (2.9.1 does, 2.6.0 does not)."""
     with torch.inference_mode(False), torch.no_grad():
         q, k = torch.zeros(1, 2, 4, 8), torch.zeros(1, 1, 4, 8)
-        choice = torch._fused_sdp_choice(q, k, k, enable_gqa=True)
-        return int(choice) == SDPBackend.FLASH_ATTENTION.value
+        choose = getattr(torch, "_fused_sdp_choice", None)
+        return choose is not None and int(choose(q, k, k, enable_gqa=True)) == SDPBackend.FLASH_ATTENTION.value

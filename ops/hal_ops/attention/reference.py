@@ -10,8 +10,8 @@ For one query at position ``p`` (aligned to the end of the keys) and one head::
 
 over the keys that the query sees. A row that sees none gives out 0 and lse -inf (with sinks: lse = sink).
 
-Nothing is computed in less than ``accumulate`` (float32 unless told otherwise). Slots that no query sees are never
-read into the sums, so NaN there changes nothing. prefill is differentiable, its lse too.
+Nothing is computed in less than ``accumulate``: float32, or float64 if the request's dtype is. Slots that no query
+sees are never read into the sums, so NaN there changes nothing. prefill is differentiable, its lse too.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ _SCORES_AT_ONCE = 1 << 24
 
 
 def prefill(
-    request: AttentionRequest, device: object, *, accumulate: torch.dtype = torch.float32, rounded: bool = True
+    request: AttentionRequest, device: object, *, accumulate: torch.dtype | None = None, rounded: bool = True
 ) -> PrefillAttention:
     """The prefill phase. ``rounded=False`` leaves the output in ``accumulate``."""
+    accumulate = accumulate or _sums_of(request)
 
     def call(
         q: Tensor,
@@ -58,7 +59,7 @@ def prefill(
         out, lse = _join(pairs, q, request, accumulate)
         if dense:
             out, lse = out.view(*q.shape[:-1], request.v_head_dim), lse.view(q.shape[:-1])
-        out = out.to(q.dtype) if rounded else out
+        out, lse = (out.to(q.dtype), lse.float()) if rounded else (out, lse)
         return (out, lse) if return_lse else out
 
     return call
@@ -97,7 +98,7 @@ class _Paged:
             v = self._read(v_cache, v_scale, step, row, *seen)
             pairs.append(attend(queries, k, v, self.request, sinks, alibi_slopes, accumulate=self.accumulate))
         out, lse = _join(pairs, q, self.request, self.accumulate)
-        out = out.to(q.dtype) if self.rounded else out
+        out, lse = (out.to(q.dtype), lse.float()) if self.rounded else (out, lse)
         return (out, lse) if return_lse else out
 
     def _read(self, cache: Tensor, scale: Tensor | None, step: Step, row: int, q_len: int, kv_len: int) -> Tensor:
@@ -116,17 +117,17 @@ class _Paged:
 
 
 def extend(
-    request: AttentionRequest, device: object, *, accumulate: torch.dtype = torch.float32, rounded: bool = True
+    request: AttentionRequest, device: object, *, accumulate: torch.dtype | None = None, rounded: bool = True
 ) -> PagedAttention:
     """The extend phase. ``rounded=False`` leaves the output in ``accumulate``."""
-    return _Paged(request, accumulate, rounded)
+    return _Paged(request, accumulate or _sums_of(request), rounded)
 
 
 def decode(
-    request: AttentionRequest, device: object, *, accumulate: torch.dtype = torch.float32, rounded: bool = True
+    request: AttentionRequest, device: object, *, accumulate: torch.dtype | None = None, rounded: bool = True
 ) -> PagedAttention:
     """The decode phase: the same as :func:`extend`."""
-    return _Paged(request, accumulate, rounded)
+    return _Paged(request, accumulate or _sums_of(request), rounded)
 
 
 def attend(
@@ -195,8 +196,11 @@ def _join(
     """All tokens' out and lse, ``[tokens, heads, dim]`` and ``[tokens, heads]``."""
     none = q.new_zeros((0, request.num_q_heads), dtype=dtype)
     out = torch.cat([none.unsqueeze(-1).expand(-1, -1, request.v_head_dim), *(out for out, _ in pairs)])
-    lse = torch.cat([none, *(lse for _, lse in pairs)])
-    return out, lse if dtype == torch.float64 else lse.float()
+    return out, torch.cat([none, *(lse for _, lse in pairs)])
+
+
+def _sums_of(request: AttentionRequest) -> torch.dtype:
+    return torch.float64 if request.dtype == "float64" else torch.float32
 
 
 def check_tensors(request: AttentionRequest, sinks: Tensor | None, alibi_slopes: Tensor | None) -> None:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+from hal_ops._checks import flag, positive
 from hal_ops._dtypes import dtype_name, is_fp8
 from hal_ops._request import AUTO, Request, feature, required
 
@@ -117,9 +118,9 @@ class AttentionRequest(Request):
     def __post_init__(self) -> None:
         put = object.__setattr__
         for name in ("num_q_heads", "num_kv_heads", "head_dim", "max_q_len"):
-            _positive(name, getattr(self, name))
+            positive(name, getattr(self, name))
         put(self, "v_head_dim", self.head_dim if self.v_head_dim is None else self.v_head_dim)
-        _positive("v_head_dim", self.v_head_dim)
+        positive("v_head_dim", self.v_head_dim)
         if self.num_q_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_q_heads={self.num_q_heads} is not a multiple of num_kv_heads={self.num_kv_heads}: "
@@ -130,14 +131,14 @@ class AttentionRequest(Request):
         put(self, "softcap", _softcap(self.softcap))
         put(self, "softmax_scale", _scale(self.softmax_scale, self.head_dim))
         for name in ("causal", "sinks", "alibi", "return_lse", "deterministic", "needs_grad", "graph"):
-            _flag(name, getattr(self, name))
+            flag(name, getattr(self, name))
         put(self, "window", normalize_window(self.window, causal=self.causal))
         self._check_cache()
         put(self, "phases", _phases(self.phases, self.needs_grad))
 
     def _check_cache(self) -> None:
         if self.page_size != AUTO:
-            _positive("page_size", self.page_size)
+            positive("page_size", self.page_size)
         if self.kv_layout not in (*KV_LAYOUTS, AUTO):
             raise ValueError(f"kv_layout={self.kv_layout!r}: choose 'NHD', 'HND' or 'auto'")
         if self.kv_scale not in ("tensor", "head"):
@@ -190,16 +191,6 @@ class AttentionRequest(Request):
             "kv_scale": f"kv_scale per {self.kv_scale}",
         }
         return tuple((n, shown.get(n, n)) for n, rule in self.rules().items() if not rule.required)
-
-
-def _positive(name: str, value: Any) -> None:
-    if not _is_int(value) or value < 1:
-        raise ValueError(f"{name}={value!r}: give a whole number of at least 1")
-
-
-def _flag(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name}={value!r}: give True or False (tensors such as sinks are passed at the call)")
 
 
 def _kv_dtype(value: Any, dtype: str) -> str:

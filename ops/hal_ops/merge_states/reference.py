@@ -15,12 +15,13 @@ Merge = Callable[[Tensor, Tensor, Tensor, Tensor], "tuple[Tensor, Tensor]"]
 
 
 def merge(
-    request: MergeStatesRequest, device: object, *, accumulate: torch.dtype = torch.float32, rounded: bool = True
+    request: MergeStatesRequest, device: object, *, accumulate: torch.dtype | None = None, rounded: bool = True
 ) -> Merge:
-    """The ``call`` phase. ``rounded=False`` leaves the output in ``accumulate``."""
+    """The ``call`` phase. ``rounded=False`` leaves the output in ``accumulate``: float32, or float64 if dtype is."""
+    sums = accumulate or (torch.float64 if request.dtype == "float64" else torch.float32)
 
     def call(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-        states = [(out.to(accumulate), lse.to(accumulate)) for out, lse in ((out_a, lse_a), (out_b, lse_b))]
+        states = [(out.to(sums), lse.to(sums)) for out, lse in ((out_a, lse_a), (out_b, lse_b))]
         lse = torch.logaddexp(states[0][1], states[1][1])
         total = torch.zeros_like(states[0][0])
         for part, part_lse in states:
@@ -28,6 +29,6 @@ def merge(
             share = torch.exp(part_lse - lse).unsqueeze(-1)
             total = torch.where(some, total + part * share, total)
         out = total.to(out_a.dtype) if rounded else total
-        return out, lse if accumulate == torch.float64 else lse.float()
+        return out, lse.float() if rounded else lse
 
     return call
