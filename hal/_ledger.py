@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from hal import _plugins
 from hal._device import Device
 from hal._kernel import Kernel
 from hal._libraries import installed
@@ -50,11 +51,13 @@ class Row:
 
 
 def identity(kernel: Kernel, device: Device) -> dict[str, str]:
-    """What a result depends on beside the request: the device, and the versions of torch and of what is needed."""
+    """What a result depends on beside the request: the device, and the versions of torch, of what is needed, and of the
+    distribution that brings the kernel."""
     names = {"torch": ("torch",), "triton": ("triton",), **{n.library: n.names() for n in kernel.needs}}
     found = {name: next((v for d in dists if (v := installed(d))), None) for name, dists in names.items()}
     versions = {name: str(version) for name, version in found.items() if isinstance(version, Version)}
-    return {**device.identity(), **versions}
+    source = _plugins.registry().sources.get(f"kernel:{kernel.name}")
+    return {**device.identity(), **versions, **({"plugin": str(source)} if source else {})}
 
 
 class Ledger:

@@ -1,7 +1,8 @@
 """Measured order: what ``hal tune`` timed on this machine, and when it may decide.
 
 A measured kernel overtakes the declared order only if it is verified on this device (a wrong kernel is never fast
-enough), and by more than the noise of its measurement and :data:`MARGIN`.
+enough), and by more than the noise of its measurement and :data:`MARGIN`. Where a version of the device is unknown,
+nothing is: another driver could not be told from this one.
 """
 
 from __future__ import annotations
@@ -96,6 +97,8 @@ class Measurements:
         if not rows or around.device.simulated:
             return None
         key, digest = identity(kernel, around.device), request_key(request)
+        if "unknown" in key.values():
+            return None
         return next((r for r in rows if r.request == digest and r.key == key), None)
 
 

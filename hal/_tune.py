@@ -20,6 +20,7 @@ from hal._eligibility import Circumstances
 from hal._kernel import Band, Kernel
 from hal._ledger import identity
 from hal._measurements import Measurement, Measurements, request_key
+from hal.errors import DeviceError
 from hal.testing._cases import Planned, make_timing_case
 from hal.testing._verify import circumstances, refusals, verify
 from hal_ops import Op, Request
@@ -59,12 +60,13 @@ def tune(
         The measurements that were recorded, in microseconds a call, by phase and declared order.
 
     Raises:
-        DeviceError: the device is simulated or unusable.
+        DeviceError: the device is simulated, unusable, or not known well enough for times to be kept.
         ValueError: fewer than 4 repeats.
     """
     if repeats < 4:
         raise ValueError(f"repeats={repeats}: quartiles take at least 4 samples")
     around = circumstances(_devices.device(device))
+    _check_identity(around.device)
     say = progress or _silent
     selection = _selection.select(request, device=around.device)
     measured: list[Measurement] = []
@@ -78,6 +80,13 @@ def tune(
 
 def _silent(text: str) -> None:
     return None
+
+
+def _check_identity(device: Device) -> None:
+    unknown = {n: v for n, v in (("runtime", device.runtime), ("driver", device.driver)) if not v.known}
+    if unknown:
+        why = "; ".join(f"its {name} version is unknown ({version.reason})" for name, version in unknown.items())
+        raise DeviceError(f"times on {device} cannot be kept: {why}, so that another one could not be told from it")
 
 
 def _contenders(

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
-from hal_ops.attention import PHASES
 
 import hal
 from hal import _plugins, _selection
+from hal_ops.attention import PHASES
 
 _modules = itertools.count()
 
@@ -97,7 +97,7 @@ def fake_platform() -> Iterator[Callable[..., Any]]:
             kernels: Iterable[hal.Kernel] = (),
             devices: int = 1,
             archs: tuple[str, ...] = ("f10",),
-            rank: int = 50,
+            rank: int = 90,
             **methods: Any,
         ) -> type[hal.Platform]:
             platform = make_platform(name, tuple(kernels), devices, archs, rank, methods)

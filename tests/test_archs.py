@@ -7,15 +7,15 @@ import itertools
 from collections.abc import Callable
 
 import pytest
-from hal_musa import MusaPlatform
-from hal_nvidia import NvidiaPlatform
-from hal_rocm import RocmPlatform
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hal._arch import Arch
 from hal._cpu_probe import cpu_capabilities, parse_cpu_arch
 from hal._platform import Platform
+from hal_musa import MusaPlatform
+from hal_nvidia import NvidiaPlatform
+from hal_rocm import RocmPlatform
 
 PLATFORMS: dict[str, Platform] = {p.name: p for p in (NvidiaPlatform(), RocmPlatform(), MusaPlatform())}
 

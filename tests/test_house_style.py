@@ -194,8 +194,10 @@ TOLD_BY_TORCH = {"hal/_libraries.py": {"cuda", "hip", "musa"}}
 
 
 def vendor_words(source: Source) -> Iterator[str]:
-    """Vendors' words in the core's names, and in its texts that are no sentences (those may give examples)."""
-    if not source.name.startswith(("hal/", "ops/")):
+    """Vendors' words in the names of the core and of op contracts, and in their texts that are no sentences (those may
+    give examples). Portable kernels may: torch's device types bear vendors' names."""
+    contract = source.name.startswith("ops/") and source.name.endswith(("op.py", "request.py", "contract.py"))
+    if not (source.name.startswith("hal/") or contract):
         return
     allowed = TOLD_BY_TORCH.get(source.name, set())
     for word, where in _vendor_words(source):

@@ -11,10 +11,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import hal_ops
 import pytest
 
 import hal
+import hal_ops
 from hal import errors
 
 

@@ -10,10 +10,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from hal._device import Device
 from hal_ops import Request
 from hal_ops.attention import AttentionRequest
-
-from hal._device import Device
 
 __all__ = ["MODELS", "Model", "requests_for"]
 

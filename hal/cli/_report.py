@@ -9,8 +9,6 @@ import platform as host
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from hal_ops import Request
-
 from hal import __version__, _devices, _plugins, _selection, _settings
 from hal._device import Device
 from hal._eligibility import Circumstances, why_not
@@ -22,6 +20,7 @@ from hal.cli import _models
 from hal.cli._devices import evidence
 from hal.errors import HalError
 from hal.testing import corners
+from hal_ops import Request
 
 __all__ = ["decisions", "report", "select_model"]
 

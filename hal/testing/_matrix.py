@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from hal_ops import Request
-
 from hal._device import Device
 from hal._selection import Selection, select
 from hal._simulate import simulate
 from hal.testing._corners import request_id
+from hal_ops import Request
 
 __all__ = ["decision_matrix", "winners"]
 

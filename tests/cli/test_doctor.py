@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hal_ops.attention import AttentionRequest
 
 import hal
 from hal._ledger import Ledger, Row, identity
 from hal.cli import _smoke
 from hal.cli._models import MODELS, requests_for
+from hal_ops.attention import AttentionRequest
 
 SECTIONS = {
     "versions",

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from hal_ops import Op, Request, feature, required
-from hal_ops.attention import AttentionRequest
 
 import hal
 from hal._lock import read_lock
+from hal_ops import Op, Request, feature, required
+from hal_ops.attention import AttentionRequest
 
 ARCHS = [
     *(("nvidia", f"sm_{n}") for n in (80, 86, 89, 90, 100, 103, 120, 999)),

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hal_ops.attention import AttentionRequest
 
 import hal
 from hal.errors import DeviceError
+from hal_ops.attention import AttentionRequest
 
 Install = Callable[..., str]
 

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hal_ops.attention import AttentionRequest
 
 import hal
 from hal import _plugins
 from hal.errors import NoKernelError, UnknownKernelError
+from hal_ops.attention import AttentionRequest
 
 Install = Callable[..., str]
 Status = Callable[[str], hal.PluginRecord]

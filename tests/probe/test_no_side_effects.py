@@ -11,12 +11,12 @@ from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 
 import pytest
-from hal_musa import MusaPlatform
-from hal_nvidia import NvidiaPlatform
-from hal_rocm import RocmPlatform
 
 from hal._cpu_probe import probe_cpu
 from hal._platform import Platform
+from hal_musa import MusaPlatform
+from hal_nvidia import NvidiaPlatform
+from hal_rocm import RocmPlatform
 
 PLATFORMS = [NvidiaPlatform, RocmPlatform, MusaPlatform]
 VARIABLES = {

@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from hal_ops.attention import AttentionRequest
 
 import hal
+from hal_ops.attention import AttentionRequest
 
 Fresh = Callable[..., Any]
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-import hal_ops
-
 import hal
+import hal_ops
 from hal_acme import _arch, _errata, _kernels, _probe
 from hal_acme.ops.logit_softcap import LOGIT_SOFTCAP
 

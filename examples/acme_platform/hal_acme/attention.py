@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from hal_ops.attention import AttentionRequest
 from torch import Tensor
 
 import hal
+from hal_ops.attention import AttentionRequest
 
 __all__ = ["prefill"]
 

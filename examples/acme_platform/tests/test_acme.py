@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hal_acme import AcmePlatform
-from hal_ops.attention import AttentionRequest
 
 import hal
 import hal.testing
+from hal_acme import AcmePlatform
+from hal_ops.attention import AttentionRequest
 
 LAYER = AttentionRequest(num_q_heads=8, num_kv_heads=2, head_dim=64, phases=("prefill",))
 

@@ -11,11 +11,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+from hal._device import Probe
 from hal_musa import MusaPlatform
 from hal_musa._gpus import SourceError
 from hal_musa._system import System
-
-from hal._device import Probe
 
 GIB = 1 << 30
 MUSA_TORCH = {"torch": "2.7.1"}

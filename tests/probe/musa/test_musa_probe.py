@@ -9,13 +9,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hal_musa import MusaPlatform
-from hal_musa._system import System
-from hal_musa._torch import decode_version
 
 from hal._device import Device, Probe
 from hal._version import Version
 from hal.errors import VisibilityError
+from hal_musa import MusaPlatform
+from hal_musa._system import System
+from hal_musa._torch import decode_version
 
 Ask = Callable[..., Probe]
 GIB = 1 << 30

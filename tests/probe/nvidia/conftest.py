@@ -12,11 +12,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+from hal._device import Probe
 from hal_nvidia import NvidiaPlatform
 from hal_nvidia._cards import SourceError
 from hal_nvidia._system import System
-
-from hal._device import Probe
 
 GIB = 1 << 30
 CUDA_TORCH = {"torch": "2.11.0+cu130", "cuda": "13.0"}

@@ -10,12 +10,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hal_nvidia import NvidiaPlatform
-from hal_nvidia._system import System
 
 from hal._arch import Arch
 from hal._device import Device, Probe
 from hal._version import Version
+from hal_nvidia import NvidiaPlatform
+from hal_nvidia._system import System
 
 Ask = Callable[..., Probe]
 GIB = 1 << 30

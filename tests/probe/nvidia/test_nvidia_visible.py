@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hal_nvidia import NvidiaPlatform
-from hal_nvidia._visible import parse_visible
 
 from hal._device import Probe
 from hal.errors import VisibilityError
+from hal_nvidia import NvidiaPlatform
+from hal_nvidia._visible import parse_visible
 
 Ask = Callable[..., Probe]
 VARIABLE = "CUDA_VISIBLE_DEVICES"

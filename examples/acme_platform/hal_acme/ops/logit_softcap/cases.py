@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from hal_ops import torch_dtype
-from hal_ops.compare import Comparison, compare
 from torch import Tensor
 
 from hal_acme.ops.logit_softcap.op import LogitSoftcapRequest
+from hal_ops import torch_dtype
+from hal_ops.compare import Comparison, compare
 
 __all__ = ["LogitSoftcapCase", "make_case"]
 
