@@ -22,7 +22,7 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	$(BIN)/mypy
-	$(BIN)/pyright --verifytypes hal --ignoreexternal
+	PATH="$(CURDIR)/$(BIN):$$PATH" pyright --verifytypes hal --ignoreexternal
 
 docs: $(STAMP)
 	$(BIN)/python -m sphinx -q -n -W -b html docs docs/_build/html

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from hal import _inputs, _kv_cache, _same
+from hal._device import Device
 from hal._kernel import Band
 from hal._kv_cache import KVCache
 from hal._plan import Buffers, Plan, make_step
@@ -38,7 +39,7 @@ class Attention:
         assert isinstance(selection.request, AttentionRequest)
         self.selection = selection
         self.request: AttentionRequest = selection.request
-        self.device = selection.device
+        self.device: Device = selection.device
         self._write_selection = write_selection
         self._implementations = dict(implementations)
         self._prefill = implementations.get("prefill")

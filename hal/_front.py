@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from hal import _devices, _libraries, _plugins, _selection, _settings, _simulate
 from hal._attention import Attention, check_needs_cache
 from hal._bind import bind
+from hal._device import Device
 from hal._registry import Registry
 from hal._selection import Selection
 from hal.errors import InputError, did_you_mean
@@ -157,10 +158,10 @@ class BoundOp:
     __slots__ = ("device", "fn", "request", "selection")
 
     def __init__(self, selection: Selection, fn: Any) -> None:
-        self.selection = selection
-        self.request = selection.request
-        self.device = selection.device
-        self.fn = fn
+        self.selection: Selection = selection
+        self.request: Request = selection.request
+        self.device: Device = selection.device
+        self.fn: Any = fn
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the kernel's function."""

@@ -49,11 +49,11 @@ class KVCache:
             raise InputError(
                 f"k {tuple(k.shape)} and v {tuple(v.shape)} must have 4 dims and differ in the last one at most"
             )
-        self.k = k
-        self.v = v
-        self.layout = layout
-        self.k_scale = self._scale("k_scale", k_scale)
-        self.v_scale = self._scale("v_scale", v_scale)
+        self.k: Tensor = k
+        self.v: Tensor = v
+        self.layout: str = layout
+        self.k_scale: Tensor | None = self._scale("k_scale", k_scale)
+        self.v_scale: Tensor | None = self._scale("v_scale", v_scale)
         self._checked_by: Any = None
 
     def _scale(self, name: str, value: Any) -> Tensor | None:

@@ -35,8 +35,8 @@ class Plan:
     ) -> None:
         self._owner = owner
         self._step = step
-        self.phase = phase
-        self.write = write
+        self.phase: str = phase
+        self.write: str = write
         self._payload = payload
         self._buffers = buffers
         self._run = owner._implementations[phase]
@@ -98,15 +98,15 @@ class Buffers:
     def __init__(self, max_batch: int, max_tokens: int, max_pages: int, device: torch.device) -> None:
         import torch
 
-        self.sizes = {"max_batch": max_batch, "max_tokens": max_tokens, "max_pages": max_pages}
+        self.sizes: dict[str, int] = {"max_batch": max_batch, "max_tokens": max_tokens, "max_pages": max_pages}
         for name, value in self.sizes.items():
             if value < 1:
                 raise InputError(f"{name}={value}: give at least 1")
-        self.cu_seqlens_q = torch.zeros(max_batch + 1, dtype=torch.int32, device=device)
-        self.cu_seqlens_k = torch.zeros(max_batch + 1, dtype=torch.int32, device=device)
-        self.kv_lens = torch.zeros(max_batch, dtype=torch.int32, device=device)
-        self.block_table = torch.zeros((max_batch, max_pages), dtype=torch.int32, device=device)
-        self.slot_mapping = torch.full((max_tokens,), -1, dtype=torch.int64, device=device)
+        self.cu_seqlens_q: Tensor = torch.zeros(max_batch + 1, dtype=torch.int32, device=device)
+        self.cu_seqlens_k: Tensor = torch.zeros(max_batch + 1, dtype=torch.int32, device=device)
+        self.kv_lens: Tensor = torch.zeros(max_batch, dtype=torch.int32, device=device)
+        self.block_table: Tensor = torch.zeros((max_batch, max_pages), dtype=torch.int32, device=device)
+        self.slot_mapping: Tensor = torch.full((max_tokens,), -1, dtype=torch.int64, device=device)
 
     def check(self, step: Step) -> None:
         """Raise unless the step fits.

@@ -58,7 +58,7 @@ class Registry:
     """Holds what plugins registered. Built whole, then only read; each one has a ``generation`` of its own."""
 
     def __init__(self) -> None:
-        self.generation = next(_generations)
+        self.generation: int = next(_generations)
         self.platforms: dict[str, Platform] = {}
         self.ops: dict[str, Op] = {}
         self.kernels: dict[str, Kernel] = {}

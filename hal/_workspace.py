@@ -26,7 +26,7 @@ class Workspace:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.frozen = False
+        self.frozen: bool = False
         self._buffers: dict[str, Tensor] = {}
 
     def get(self, owner: str, num_bytes: int) -> Tensor:

@@ -96,7 +96,7 @@ class VisibilityError(HalError, ValueError):
 
     def __init__(self, text: str, *, variables: dict[str, str] | None = None) -> None:
         super().__init__(text)
-        self.variables = variables or {}
+        self.variables: dict[str, str] = variables or {}
 
 
 class RegistrationError(HalError, ValueError):
