@@ -18,6 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from hal._log import log_to_stderr
 from hal.errors import SettingError, did_you_mean
 
 __all__ = ["REMOVED", "SETTINGS", "Setting", "Settings", "Value", "current", "override"]
@@ -171,6 +172,8 @@ def _settings(key: tuple[Any, ...]) -> Settings:
     values = dict(_from_config(path)) if path is not None else {}
     for name, text in variables:
         values.update(_from_variable(name, text))
+    if "log" in values:
+        log_to_stderr(values["log"].value)
     values.update(dict(context))
     return Settings(values)
 

@@ -86,11 +86,11 @@ def _log_level() -> str:
 def _logging_to_stderr(level: str) -> Iterator[None]:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("hal %(levelname)s: %(message)s"))
-    before = log.level
-    log.addHandler(handler)
+    before, handlers = log.level, list(log.handlers)
+    log.handlers[:] = [handler]
     log.setLevel(level.upper())
     try:
         yield
     finally:
-        log.removeHandler(handler)
+        log.handlers[:] = handlers
         log.setLevel(before)

@@ -84,9 +84,10 @@ def compare(
     if fault:
         return Comparison(name, (fault,))
     odd = _anomalies(actual, expected)
+    actual = actual.to(expected.device)
     finite = expected.isfinite() & actual.isfinite()
     want = torch.where(finite, expected, 0.0).double()
-    got = torch.where(finite, actual.to(expected.device), 0.0).double()
+    got = torch.where(finite, actual, 0.0).double()
     low = None if low_precision is None else torch.where(finite, low_precision.to(expected.device), 0.0).double()
     error = (got - want).abs()
     sizes = _size_failures(error, got, want, low, dtype, slack)
@@ -106,9 +107,10 @@ def compare_lse(actual: Tensor, expected: Tensor, *, dtype: str, name: str = "ls
     if fault:
         return Comparison(name, (fault,))
     failures = _anomalies(actual, expected)
+    actual = actual.to(expected.device)
     finite = expected.isfinite() & actual.isfinite()
     want = torch.where(finite, expected, 0.0).double()
-    got = torch.where(finite, actual.to(expected.device), 0.0).double()
+    got = torch.where(finite, actual, 0.0).double()
     error = (got - want).abs()
     step = _LSE_ERROR.get(dtype, _FP8_LSE_ERROR)
     bound = step + step * want.abs()

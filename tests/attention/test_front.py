@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -229,3 +230,23 @@ def test_ragged_bounds_change_nothing() -> None:  # requirement D3
     for bound in (5, 10, 4096):
         out = handle(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=bound, max_seqlen_k=bound)
         assert torch.equal(out, exact)
+
+
+def test_a_bound_call_runs_through_one_function_of_ours() -> None:  # requirement R7
+    """Nothing on the hot path but the handle: no registry, no environment, no check function, no wrapper."""
+    handle = hal.get_attention(**SMALL, causal=False)
+    q, k, v = tensors(4, batch=1)
+    for _ in range(2):
+        handle(q, k, v)
+    ran: list[str] = []
+
+    def profile(frame: Any, event: str, argument: Any) -> None:
+        if event == "call" and "/hal/" in frame.f_code.co_filename:
+            ran.append(frame.f_code.co_name)
+
+    sys.setprofile(profile)
+    try:
+        handle(q, k, v)
+    finally:
+        sys.setprofile(None)
+    assert ran == ["__call__"]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
+import re
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +19,7 @@ from hal._registry import Registry
 from hal._selection import require
 from hal.errors import NoKernelError, SettingError, UnknownKernelError, UnknownOpError
 from hal_ops.attention import PHASES, AttentionRequest
+from hal_ops.kv_cache import KvCacheWriteRequest
 
 FEATURES: dict[str, Any] = {
     "window": (127, 0),
@@ -371,3 +376,45 @@ def test_a_minimum_arch_that_does_not_parse_is_a_wrong_declaration(fake_platform
     (record,) = [p for p in hal.plugins() if p.name == "fake"]
     assert record.status == "failed"
     assert "'x90' is no arch of platform 'fake'" in record.error
+
+
+def test_a_renamed_op_answers_to_its_old_name_and_warns(fake_platform: Any) -> None:  # requirement B12
+    attention = hal._plugins.registry().op("attention")
+    renamed = dataclasses.replace(attention, name="attention_two", aliases=("attention_one",))
+    fake_platform(ops=lambda self: (renamed,))
+    with pytest.warns(DeprecationWarning, match="'attention_one' is now called 'attention_two'"):
+        assert hal._plugins.registry().op("attention_one") is renamed
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert hal._plugins.registry().op("attention_two") is renamed
+
+
+@pytest.mark.parametrize(
+    "changes", [{"platforms": {"fake": hal.Archs(only=("f99",))}}, {"needs": (hal.Needs("gone"),)}]
+)
+def test_graphs_are_judged_by_the_same_function_as_eager_calls(
+    fake_platform: Any, library: Any, changes: dict[str, Any]
+) -> None:  # requirement E5
+    fake_platform(kernels=library("lib", fields={"graph": hal.OneOf(False, True)}, **changes))
+    eager, graph = (reasons(hal.select(request(graph=g)), "lib.decode") for g in (False, True))
+    assert eager == graph != []
+
+
+def test_one_function_judges_kernels() -> None:  # requirement E5
+    """No second judge: nothing else in the core reads what a kernel needs of a device or a library."""
+    judged = re.compile(r"\.(platforms|needs|runtime|driver|capabilities)\b.*(satisfies|refusal|installed)\(")
+    folder = Path(hal.__file__).parent
+    judges = {p.name for p in folder.glob("*.py") if judged.search(p.read_text())}
+    assert judges <= {"_eligibility.py"}
+    assert sum("def why_not(" in p.read_text() for p in folder.rglob("*.py")) == 1
+
+
+def test_the_kernels_of_one_op_are_never_judged_for_another(fake_platform: Any, library: Any) -> None:
+    # requirement E10
+    def check(request: Any, device: hal.Device) -> list[hal.Reason]:
+        raise AssertionError("an attention kernel was asked about another op")
+
+    fake_platform(kernels=library("lib", check=check))
+    selection = hal.select(KvCacheWriteRequest(num_kv_heads=2, head_dim=64))
+    names = {c.kernel.name for c in selection.choices["call"].candidates}
+    assert {k.op for k in hal._plugins.registry().kernels.values() if k.name in names} == {"kv_cache_write"}
