@@ -24,6 +24,7 @@ _EXPORTS = {
     "Candidate": "_selection",
     "Constraint": "_constraints",
     "Device": "_device",
+    "Either": "_constraints",
     "Erratum": "_errata",
     "Evidence": "_device",
     "KVCache": "_kv_cache",
@@ -56,6 +57,8 @@ _EXPORTS = {
     "get_attention": "_front",
     "get_attentions": "_front",
     "get_op": "_front",
+    "installed": "_libraries",
+    "load_errata": "_errata",
     "merge_attention_states": "_merge",
     "override": "_settings",
     "plugins": "_plugins",
@@ -79,6 +82,7 @@ __all__ = [
     "Candidate",
     "Constraint",
     "Device",
+    "Either",
     "Erratum",
     "Evidence",
     "KVCache",
@@ -112,6 +116,8 @@ __all__ = [
     "get_attention",
     "get_attentions",
     "get_op",
+    "installed",
+    "load_errata",
     "merge_attention_states",
     "override",
     "plugins",
@@ -133,6 +139,7 @@ if TYPE_CHECKING:
     from hal._attention import Attention as Attention
     from hal._constraints import Anything as Anything
     from hal._constraints import Constraint as Constraint
+    from hal._constraints import Either as Either
     from hal._constraints import MultipleOf as MultipleOf
     from hal._constraints import OneOf as OneOf
     from hal._constraints import Pairs as Pairs
@@ -146,6 +153,7 @@ if TYPE_CHECKING:
     from hal._devices import devices as devices
     from hal._devices import probe_report as probe_report
     from hal._errata import Erratum as Erratum
+    from hal._errata import load_errata as load_errata
     from hal._front import BoundOp as BoundOp
     from hal._front import get_attention as get_attention
     from hal._front import get_attentions as get_attentions
@@ -157,6 +165,7 @@ if TYPE_CHECKING:
     from hal._kernel import Needs as Needs
     from hal._kv_cache import KVCache as KVCache
     from hal._libraries import Library as Library
+    from hal._libraries import installed as installed
     from hal._libraries import torch_build as torch_build
     from hal._lock import assert_same_decisions as assert_same_decisions
     from hal._lock import diff_locks as diff_locks

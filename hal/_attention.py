@@ -181,7 +181,15 @@ class Attention:
         elif max_tokens is not None or max_pages is not None:
             raise InputError("max_tokens and max_pages go with max_batch")
         payload = None if phase == "prefill" else self._implementations[phase].plan(step)
-        return Plan(self, step, phase, write, payload, buffers)
+        plan = Plan(self, step, phase, write, payload, buffers)
+        self._prepare(plan)
+        return plan
+
+    def _prepare(self, plan: Plan) -> None:
+        """A prefill kernel that plans from host lengths does so here, once for all layers."""
+        for_step = getattr(self._prefill, "for_step", None)
+        if plan.phase == "prefill" and for_step is not None:
+            plan._run = for_step(plan._step)
 
     def _page_size(self) -> int:
         if not isinstance(self.request.page_size, int) or self._write is None:
@@ -220,6 +228,7 @@ class Attention:
         plan._step = plan._buffers.fill(step)
         if plan.phase == "prefill":
             plan._payload = None
+            self._prepare(plan)
             return
         implementation = self._implementations[plan.phase]
         update = getattr(implementation, "update", None)

@@ -13,7 +13,7 @@ from typing import Any
 
 from hal_ops import Request
 
-__all__ = ["Anything", "Constraint", "MultipleOf", "OneOf", "Pairs", "Range", "SameAs", "Windows"]
+__all__ = ["Anything", "Constraint", "Either", "MultipleOf", "OneOf", "Pairs", "Range", "SameAs", "Windows"]
 
 
 class Constraint(ABC):
@@ -196,3 +196,25 @@ class Windows(Constraint):
         rights = ((None, 0), (None, 5)) if self.right else ()
         both = ((7, 3),) if self.left and self.right else ()
         return (*lefts, *rights, *both)
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class Either(Constraint):
+    """What at least one of several constraints admits: ``Either(SameAs("head_dim"), Pairs("head_dim", (192, 128)))``."""
+
+    constraints: tuple[Constraint, ...]
+
+    def __init__(self, *constraints: Constraint) -> None:
+        object.__setattr__(self, "constraints", constraints)
+
+    def admits(self, value: Any, request: Request) -> bool:
+        return any(c.admits(value, request) for c in self.constraints)
+
+    def allowed(self) -> str:
+        return ", or ".join(c.allowed() for c in self.constraints)
+
+    def nearest(self, value: Any, request: Request) -> tuple[Any, ...]:
+        return tuple(dict.fromkeys(near for c in self.constraints for near in c.nearest(value, request)))
+
+    def corners(self, request: Request) -> tuple[Any, ...]:
+        return tuple(dict.fromkeys(value for c in self.constraints for value in c.corners(request)))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hal._device import Device
 from hal._kernel import Band, Kernel, Needs
 from hal._ledger import Ledger, Row
-from hal._libraries import installed
+from hal._libraries import has_module, installed
 from hal._reason import Reason
 from hal._registry import Registry
 from hal._settings import Settings
@@ -149,6 +149,9 @@ def _libraries(kernel: Kernel, around: Circumstances) -> Iterator[Reason]:
             yield Reason(
                 "not_installed", f"{needs.library} is not installed", "library", "", needs.versions, _install(needs)
             )
+        elif needs.module and not has_module(needs.module):
+            text = f"{needs.library} {versions[0]} here is another project of that name: it has no {needs.module}"
+            yield Reason("not_installed", text, "library", str(versions[0]), needs.versions, _install(needs))
         elif needs.versions:
             yield from _library_version(needs, versions[0])
 

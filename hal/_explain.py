@@ -37,7 +37,8 @@ def _lines(selection: Selection) -> Iterator[str]:
     if selection.joint:
         yield _row("chosen", ", ".join(selection.joint) + " (left open by the request)")
     yield ""
-    width = max((len(c.kernel.name) for ch in selection.choices.values() for c in ch.candidates), default=0)
+    shown = [c for ch in selection.choices.values() for c in ch.candidates if not _elsewhere(c, ch)]
+    width = max((len(c.kernel.name) for c in shown), default=0)
     for choice in selection.choices.values():
         yield from _phase(choice, width)
     near = [n.text() for n in selection.near_misses()]
@@ -62,14 +63,23 @@ def _phase(choice: PhaseChoice, width: int) -> Iterator[str]:
     if choice.kernel is None:
         yield _row(label, "no kernel")
         label = ""
-    for candidate in choice.candidates:
+    for candidate in (c for c in choice.candidates if not _elsewhere(c, choice)):
         for i, text in enumerate(_describe(candidate)):
             name = candidate.kernel.name if i == 0 else ""
             status = candidate.status if i == 0 else ""
             yield _row(label, f"{name:<{width}}  {status:<8}  {text}".rstrip())
             label = ""
+    others = sorted({c.kernel.library for c in choice.candidates if _elsewhere(c, choice)})
+    if others:
+        yield _row(label, f"for other vendors' devices only: {', '.join(others)}")
     if not choice.candidates:
         yield _row(label, "nothing is registered for this phase")
+
+
+def _elsewhere(candidate: Candidate, choice: PhaseChoice) -> bool:
+    """Whether a kernel is for other vendors' hardware, and nobody asked for it: one line names them all."""
+    asked = choice.forced is not None and candidate.kernel.answers_to(choice.forced.name)
+    return not asked and any(r.code == "wrong_vendor" for r in candidate.reasons)
 
 
 def _describe(candidate: Candidate) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from hal import _devices, _libraries, _plugins, _selection, _settings, _simulate
 from hal._attention import Attention, check_needs_cache
 from hal._bind import bind
+from hal._compile import traceable
 from hal._device import Device
 from hal._registry import Registry
 from hal._selection import Selection
@@ -43,6 +44,7 @@ def get_attention(
     page_size: int | str = AUTO,
     kv_layout: str = AUTO,
     kv_scale: str = "tensor",
+    fp8_query: bool = False,
     max_q_len: int = 1,
     return_lse: bool = False,
     deterministic: bool = False,
@@ -66,6 +68,7 @@ def get_attention(
         softmax_scale: default ``1 / sqrt(head_dim)``.
         page_size, kv_layout: of the cache; ``"auto"`` chooses what suits all phases best.
         kv_scale: scales of an FP8 cache, one a ``"tensor"`` or a ``"head"``.
+        fp8_query: permits kernels to round q and the probabilities to the format of an FP8 cache: faster, less exact.
         max_q_len: most query tokens a row of a decode step (above 1 for speculative decoding).
         return_lse: calls may ask for the LSE. deterministic: the same input gives the same bits.
         needs_grad: calls are differentiable (and the default phases are then prefill alone).
@@ -179,16 +182,18 @@ class BoundOp:
         return f"<hal.BoundOp {self.selection.op.name} on {self.device.id}: {self.selection.kernels()['call']}>"
 
 
-def get_op(name: str, *, device: Any = None, kernel: Any = None, **fields: Any) -> BoundOp:
+def get_op(name: str, *, device: Any = None, kernel: Any = None, compile: bool = False, **fields: Any) -> BoundOp:  # noqa: A002
     """An op other than attention, bound the same way: ``hal.get_op("rms_norm", hidden_size=4096)``.
 
-    ``fields`` are those of the op's request (``hal kernels`` and the docs list them).
+    ``fields`` are those of the op's request (``hal kernels`` and the docs list them). With ``compile=True`` the call is
+    one node in what ``torch.compile(fullgraph=True)`` traces, whatever the kernel is made of.
 
     Raises:
         UnknownOpError: no op of that name. TypeError: a field that the op's request does not have, with the nearest.
         NoKernelError: no kernel can serve the request, or what is forced cannot.
+        InputError: with ``compile=True``: the op's contract has no schema, or it works in place and needs gradients.
     """
-    key = _key(name, fields, device, kernel)
+    key = _key(name, {**fields, "compile": compile}, device, kernel)
     if key is not None and key in _handles:
         return _handles[key]  # type: ignore[no-any-return]
     op = _plugins.registry().op(name)
@@ -197,7 +202,7 @@ def get_op(name: str, *, device: Any = None, kernel: Any = None, **fields: Any) 
     request = _request(op.request, name, fields)
     selection, made = bind(lambda: _selection.select(request, device=device, kernel=kernel))
     _keep_receipt(selection)
-    handle = BoundOp(selection, made["call"])
+    handle = BoundOp(selection, traceable(selection, made["call"]) if compile else made["call"])
     if key is not None:
         _remember(key, handle)
     return handle

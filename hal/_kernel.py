@@ -45,7 +45,8 @@ class Band(enum.IntEnum):
 class Needs:
     """A library that must be installed: any one of ``distributions``, at a version in ``versions``.
 
-    ``install`` is the command that brings it. Version bounds above the newest tested one need a ``because``.
+    ``install`` is the command that brings it. Version bounds above the newest tested one need a ``because``. ``module``
+    is one that another project of the same distribution name lacks: it is looked for, and not imported.
     """
 
     library: str
@@ -53,6 +54,7 @@ class Needs:
     distributions: tuple[str, ...] = ()
     install: str = ""
     because: str = ""
+    module: str = ""
 
     def names(self) -> tuple[str, ...]:
         """Distributions any one of which will do."""

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import importlib.machinery
 import importlib.metadata
+import importlib.util
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from hal._version import Version
 
-__all__ = ["Library", "installed", "normalize", "simulated_libraries", "simulating", "torch_build"]
+__all__ = ["Library", "has_module", "installed", "normalize", "simulated_libraries", "simulating", "torch_build"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +66,29 @@ def _installed(name: str) -> Version | None:
         return None
 
 
+def has_module(name: str) -> bool:
+    """Whether a module is there, by its file: neither it nor its package is imported.
+
+    Inside ``hal.simulate(libraries=...)`` each library is taken for the one that is meant.
+    """
+    return _simulated.get() is not None or _find_module(name)
+
+
+@functools.cache
+def _find_module(name: str) -> bool:
+    package, *rest = name.split(".")
+    try:
+        spec = importlib.util.find_spec(package)
+    except ValueError:
+        return False  # a stand-in without a spec took its place in sys.modules
+    for part in rest:
+        if spec is None or spec.submodule_search_locations is None:
+            return False
+        package = f"{package}.{part}"
+        spec = importlib.machinery.PathFinder.find_spec(package, list(spec.submodule_search_locations))
+    return spec is not None
+
+
 @contextlib.contextmanager
 def simulated_libraries(libraries: Mapping[str, str] | None) -> Iterator[None]:
     """Answer ``installed`` from a mapping of distribution names to versions; None leaves the outer answer."""
@@ -87,6 +111,7 @@ def simulating() -> tuple[tuple[str, str], ...] | None:
 def forget() -> None:
     """Read distribution metadata anew at the next question."""
     _installed.cache_clear()
+    _find_module.cache_clear()
     torch_build.cache_clear()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from hal import _portable_ops
 from hal._arch import Arch
 from hal._constraints import Anything, Constraint, OneOf, Range, Windows
 from hal._device import Evidence, Probe
@@ -38,10 +39,11 @@ class PortablePlatform(Platform):
         return frozenset()
 
     def ops(self) -> Iterable[Op]:
-        return (ATTENTION, KV_CACHE_WRITE, MERGE_STATES)
+        return (ATTENTION, KV_CACHE_WRITE, MERGE_STATES, *_portable_ops.OPS)
 
     def kernels(self) -> Iterable[Kernel]:
-        return (*(_attention(phase) for phase in ATTENTION.phases), *_kv_cache_write(), *_merge_states())
+        attention = (_attention(phase) for phase in ATTENTION.phases)
+        return (*attention, *_kv_cache_write(), *_merge_states(), *_portable_ops.kernels())
 
 
 def _attention(phase: str) -> Kernel:

@@ -187,6 +187,7 @@ def unserved() -> hal.Selection:
 
 GIVES_NONE: dict[str, Callable[[], Any]] = {
     "Selection.kernels": lambda: unserved().kernels()["prefill"],
+    "installed": lambda: hal.installed("no-such-library"),
     "Version.satisfies": lambda: hal.Version.parse("").satisfies(">=1"),
 }
 """Public functions whose result may be None, each with a call that gives it."""

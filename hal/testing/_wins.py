@@ -66,8 +66,12 @@ def _why(kernel: Kernel, home: str | Device, plugin: Plugin) -> str:
 
 
 def simulated_homes(kernel: Kernel, registry: Registry) -> Iterator[Device]:
-    """Devices that a kernel is declared for, made from its own words; the CPU for a kernel of every platform."""
-    names = kernel.platforms or {"cpu": Archs()}
+    """Devices that a kernel is declared for, made from its own words.
+
+    For a kernel of every platform that is the CPU, and where it asks for capabilities, all platforms' devices.
+    """
+    everywhere = registry.platforms if kernel.capabilities else ("cpu",)
+    names = kernel.platforms or dict.fromkeys(everywhere, Archs())
     for name, mine in names.items():
         platform = registry.platforms.get(name)
         if platform is not None:

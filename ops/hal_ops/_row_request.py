@@ -10,7 +10,7 @@ from hal_ops._checks import flag, positive
 from hal_ops._dtypes import dtype_name, is_fp8
 from hal_ops._request import Request, feature, required
 
-__all__ = ["RowRequest", "finite", "weight_format"]
+__all__ = ["RowRequest", "finite", "float_format"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,18 +47,6 @@ def float_format(name: str, value: Any) -> str:
     found = dtype_name(value)
     if is_fp8(found) or found == "int8":
         raise ValueError(f"{name}={found}: give float16, bfloat16, float32 or float64")
-    return found
-
-
-def weight_format(value: Any, dtype: str) -> str:
-    """The format of weights beside inputs of ``dtype``: the same (also for None), or float32.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    found = dtype if value is None else float_format("weight_dtype", value)
-    if found not in (dtype, "float32"):
-        raise ValueError(f"weight_dtype={found}: give the inputs' dtype ({dtype}) or float32")
     return found
 
 

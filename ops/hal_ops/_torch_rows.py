@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hal_ops._dtypes import torch_dtype
-from hal_ops._rows import check_out
+from hal_ops.rows import check_out
 
 __all__ = ["deliver", "wide_format"]
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import hal
-from hal import _bind
+from hal import _bind, _settings
+from hal._eligibility import Circumstances, why_not
+from hal._ledger import Ledger
 from hal.errors import NoKernelError
 from hal_ops.attention import PHASES
 
@@ -173,26 +176,15 @@ def test_an_implementation_that_could_drop_an_argument_is_refused(
 def test_every_registered_kernel_that_can_be_made_here_takes_what_the_front_door_passes() -> None:  # requirement A4
     registry = hal._plugins.registry()
     here = hal.device("cpu")
+    around = Circumstances(here, registry, _settings.current(), Ledger(Path("none")))
     made = []
     for kernel in registry.kernels.values():
-        if kernel.needs and kernel.platforms and "cpu" not in kernel.platforms:
-            continue
-        op = registry.op(kernel.op)
-        fields = {
-            "num_q_heads": 2,
-            "num_heads": 2,
-            "num_kv_heads": 1,
-            "head_dim": 8,
-            "v_head_dim": 8,
-            "dtype": "float32",
-        }
-        known = op.request.__dataclass_fields__
-        request = op.request(**{n: v for n, v in fields.items() if n in known})
-        if hasattr(request, "page_size"):
-            request = request.replace(page_size=16, kv_layout="NHD")
-        _bind.build(kernel, op, request, here)
-        made.append(kernel.name)
+        request = hal.testing.corners(kernel, device=here, limit=1)[0]
+        if not why_not(kernel, request, around):
+            _bind.build(kernel, registry.op(kernel.op), request, here)
+            made.append(kernel.name)
     assert {f"reference.{p}" for p in PHASES} | {f"torch_cpu.{p}" for p in PHASES} <= set(made)
+    assert {"torch.kv_cache_write", "torch.rms_norm"} <= set(made)
 
 
 def test_falling_back_to_the_reference_warns_once_and_is_counted(

@@ -13,7 +13,9 @@ import hal
 from hal import _plugins
 from hal.errors import DeviceError, InputError
 from hal.testing import check, corners
+from hal.testing._capture import capture_problems
 from hal.testing._verify import circumstances, refusals
+from hal_ops.attention import AttentionRequest
 from hal_ops.kv_cache import KvCacheWriteRequest
 
 torch = pytest.importorskip("torch")
@@ -291,6 +293,35 @@ def test_what_no_graph_exists_for_is_said(result: Make) -> None:
     found = result("graph.decode", right, graph=True)
     assert found.ok
     assert "graph capture was not tried: torch.cpu has no graphs" in found.detail
+
+
+def syncs(right: Any, request: Any, q: Any, *args: Any, **kwargs: Any) -> Any:
+    return q + 0 * q.sum().item()
+
+
+def another_when_captured(right: Any, request: Any, q: Any, *args: Any, **kwargs: Any) -> Any:
+    return torch.zeros_like(q) if torch.cuda.is_current_stream_capturing() else q
+
+
+def copies(right: Any, request: Any, q: Any, *args: Any, **kwargs: Any) -> Any:
+    return q * 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [(syncs, "it cannot be captured in a graph: "), (another_when_captured, "after a replay differs"), (copies, "")],
+)
+def test_a_captured_call_is_replayed(spoil: Any, says: str) -> None:  # requirement P37, E12
+    from hal_ops.attention.cases import make_case
+
+    device = next(d for d in hal.devices() if d.platform != "cpu").torch_device()
+    request = AttentionRequest(num_q_heads=2, num_kv_heads=1, head_dim=16)
+    case = make_case(request, "prefill", device=device)
+    problems, note = capture_problems(case, lambda *args, **kwargs: spoil(None, request, *args, **kwargs), device)
+    assert not note
+    assert says in "".join(problems)
+    assert bool(problems) is bool(says)
 
 
 def full(right: Any, request: Any, *args: Any, **kwargs: Any) -> Any:

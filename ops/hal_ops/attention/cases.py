@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hal_ops.case import Case
 from hal_ops._dtypes import is_fp8, torch_dtype
 from hal_ops._op import resolve_target
 from hal_ops._request import AUTO
@@ -22,6 +21,7 @@ from hal_ops.attention.contract import Step
 from hal_ops.attention.op import ATTENTION
 from hal_ops.attention.paged_inputs import block_tables, build_cache, make_step, scales, slots_of
 from hal_ops.attention.request import AttentionRequest
+from hal_ops.case import Case
 from hal_ops.compare import Comparison, compare, compare_lse
 
 __all__ = ["AttentionCase", "hard_lengths", "indicator_case", "make_case", "visible_keys"]
@@ -58,15 +58,22 @@ class AttentionCase(Case):
         return self._oracle(torch.float64)
 
     def low_precision(self) -> dict[str, Tensor]:
-        """What plain torch makes of the same formula with every step rounded to the request's dtype."""
-        return self._oracle(torch_dtype(self.request.dtype))
+        """What plain torch makes of the same formula with every step rounded to the request's dtype.
+
+        Where the request permits it, q is rounded to the cache's format first.
+        """
+        request = self.request
+        case = self
+        if request.fp8_query and self.phase != "prefill" and is_fp8(request.kv_dtype):
+            case = dataclasses.replace(self, args=(_rounded(self.args[0], request.kv_dtype), *self.args[1:]))
+        return case._oracle(torch_dtype(request.dtype))
 
     def check(self, implementation: Callable[..., Any]) -> tuple[Comparison, ...]:
         """Compares out (and lse) by the gates of :mod:`hal_ops.compare`."""
         found, right, low = self.call(implementation), self.expected(), self.low_precision()
         fp8 = self.phase != "prefill" and is_fp8(self.request.kv_dtype)
         dtype = self.request.kv_dtype if fp8 else self.request.dtype
-        slack = 1.5 if self.request.softcap else 1.0
+        slack = 2.0 if fp8 and self.request.fp8_query else 1.5 if self.request.softcap else 1.0
         name = f"{self.phase} {self.label}"
         wanted = torch_dtype(self.request.dtype)
         if found["out"].dtype != wanted:
@@ -85,6 +92,13 @@ class AttentionCase(Case):
             kwargs={name: _moved(x, self.oracle) for name, x in self.kwargs.items()},
         )
         return there.call(factory(self.request, self.oracle, accumulate=accumulate, rounded=False))
+
+
+def _rounded(q: Tensor, name: str) -> Tensor:
+    """q as an FP8 format holds it, with one scale a head."""
+    fp8 = torch_dtype(name)
+    scale = q.float().abs().amax((0, 2), keepdim=True).clamp_min(1e-12) / torch.finfo(fp8).max
+    return ((q / scale).to(fp8).float() * scale).to(q.dtype)
 
 
 def _moved(value: Any, device: str) -> Any:

@@ -8,7 +8,9 @@ Public semantics (shapes, masks, numerics) are those of ``docs/attention.md``; t
        sinks=None, alibi_slopes=None, return_lse=False) -> out | (out, lse)
 
 Dense without ``cu_seqlens_*``: q ``[batch, q_len, num_q_heads, head_dim]``, k and v with ``num_kv_heads``. Ragged with
-them: ``[tokens, heads, dim]``, int32 cumulative lengths in tokens on q's device, and host maxima.
+them: ``[tokens, heads, dim]``, int32 cumulative lengths in tokens on q's device, and host maxima. A kernel that has to
+know lengths on the host may have ``fn.for_step(step) -> fn``: the same call for a step whose keys are its queries' own,
+made once for all layers from the step's host lengths.
 
 **extend**, **decode**: ``factory(request, device) -> impl``, an object with ``impl.plan(step) -> payload`` (what this
 kernel wants to know about the step; may be None; no device synchronisation) and ::

@@ -80,6 +80,8 @@ class AttentionRequest(Request):
         softmax_scale: multiplies q·k; default ``1 / sqrt(head_dim)``, written out here.
         page_size: tokens a page of the cache; kv_layout: ``"NHD"`` or ``"HND"``; either may be ``"auto"``.
         kv_scale: an FP8 cache has one k and one v scale a ``"tensor"`` or a ``"head"``.
+        fp8_query: a permission: over an FP8 cache, kernels may round q and the probabilities to the cache's format
+            (faster products, errors of some percent). A kernel that keeps their precision serves such a request too.
         max_q_len: most queries a sequence in the decode phase (more than 1 for speculative decoding).
         return_lse, deterministic, needs_grad, graph: properties of the call that kernels must declare.
         phases: the phases that the caller will use. With ``needs_grad`` the default is prefill alone.
@@ -89,7 +91,7 @@ class AttentionRequest(Request):
     """
 
     op: ClassVar[str] = "attention"
-    derived: ClassVar[tuple[str, ...]] = ("group_size",)
+    derived: ClassVar[tuple[str, ...]] = ("group_size", "fp8_query")
 
     num_q_heads: int = required()
     num_kv_heads: int = required()
@@ -114,6 +116,7 @@ class AttentionRequest(Request):
     needs_grad: bool = feature(False)
     graph: bool = feature(False)
     phases: tuple[str, ...] | None = None
+    fp8_query: bool = False
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -130,7 +133,7 @@ class AttentionRequest(Request):
         put(self, "kv_dtype", _kv_dtype(self.kv_dtype, self.dtype))
         put(self, "softcap", _softcap(self.softcap))
         put(self, "softmax_scale", _scale(self.softmax_scale, self.head_dim))
-        for name in ("causal", "sinks", "alibi", "return_lse", "deterministic", "needs_grad", "graph"):
+        for name in ("causal", "sinks", "alibi", "return_lse", "deterministic", "needs_grad", "graph", "fp8_query"):
             flag(name, getattr(self, name))
         put(self, "window", normalize_window(self.window, causal=self.causal))
         self._check_cache()
@@ -177,6 +180,8 @@ class AttentionRequest(Request):
             parts += [f"KV {self.kv_dtype}", f"page_size {self.page_size}", f"layout {self.kv_layout}"]
         parts.append("causal" if self.causal else "bidirectional")
         parts += [text for name, text in self._features() if not self.is_neutral(name)]
+        if self.fp8_query:
+            parts.append("fp8_query")
         if self.max_q_len != 1:
             parts.append(f"max_q_len {self.max_q_len}")
         if self.phases != PHASES:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hal_ops.case import Case
 from hal_ops._dtypes import is_fp8, torch_dtype
+from hal_ops.case import Case
 from hal_ops.compare import Comparison
 from hal_ops.kv_cache.op import KvCacheWriteRequest
 from hal_ops.kv_cache.reference import write

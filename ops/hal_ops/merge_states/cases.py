@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hal_ops.case import Case
 from hal_ops._dtypes import torch_dtype
+from hal_ops.case import Case
 from hal_ops.compare import Comparison, compare, compare_lse
 from hal_ops.merge_states.op import MergeStatesRequest
 from hal_ops.merge_states.reference import merge

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hal import Arch, Device, Library, Platform, Probe
+from hal import Arch, Device, Erratum, Library, Platform, Probe
 
 if TYPE_CHECKING:
     from hal_nvidia._system import System
@@ -65,3 +66,9 @@ class NvidiaPlatform(Platform):
         from hal_nvidia._libraries import LIBRARIES
 
         return LIBRARIES
+
+    def errata(self) -> Iterable[Erratum]:
+        """Known-bad combinations, from ``errata.json``."""
+        from hal import load_errata
+
+        return load_errata(Path(__file__).with_name("errata.json"))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hal import Arch, Device, Library, Platform, Probe
+from hal import Arch, Device, Erratum, Library, Platform, Probe
 
 if TYPE_CHECKING:
     from hal_rocm._system import System
@@ -64,6 +65,12 @@ class RocmPlatform(Platform):
         from hal_rocm._products import complete
 
         return complete(device)
+
+    def errata(self) -> Iterable[Erratum]:
+        """What is known to be wrong with them, from ``errata.json``."""
+        from hal import load_errata
+
+        return load_errata(Path(__file__).with_name("errata.json"))
 
     def libraries(self) -> Iterable[Library]:
         """Libraries that AMD's kernels come from."""

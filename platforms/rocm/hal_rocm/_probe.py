@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from hal import Device, Evidence, Probe, Version
 from hal_rocm._arch import UNKNOWN, parse_override
 from hal_rocm._capabilities import capabilities
+from hal_rocm._facts import facts_of
 from hal_rocm._gpus import Gpu, Reading, SourceError, plural
 from hal_rocm._kfd import read_kfd
 from hal_rocm._names import with_names
@@ -110,7 +111,9 @@ def _properties(gpu: Gpu, source: str) -> tuple[tuple[str, object], ...]:
         "pci_device": gpu.pci_device,
         "hardware_arch": gpu.hardware_arch or None,
     }
-    return tuple((name, value) for name, value in facts.items() if value is not None)
+    known = facts_of(gpu.arch)
+    fixed = () if known is None else known.properties()
+    return (*((name, value) for name, value in facts.items() if value is not None), *fixed)
 
 
 def _runtime(build: Mapping[str, str], system: System) -> Version:

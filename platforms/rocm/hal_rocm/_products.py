@@ -9,6 +9,7 @@ import dataclasses
 
 from hal import Device
 from hal_rocm._capabilities import capabilities
+from hal_rocm._facts import facts_of
 
 __all__ = ["NAMES", "complete"]
 
@@ -65,6 +66,7 @@ _PRODUCTS: dict[str, tuple[Product, ...]] = {
 def complete(device: Device) -> Device:
     """``device`` with the fields it leaves open taken from its product; what is given stays."""
     product = _product(device) or Product(device.name, device.memory, device.multiprocessors)
+    facts = facts_of(device.arch)
     return dataclasses.replace(
         device,
         name=device.name or product.name,
@@ -72,6 +74,7 @@ def complete(device: Device) -> Device:
         multiprocessors=product.units if device.multiprocessors is None else device.multiprocessors,
         capabilities=device.capabilities or capabilities(device.arch),
         torch_type="cuda",
+        properties=device.properties or (() if facts is None else facts.properties()),
     )
 
 

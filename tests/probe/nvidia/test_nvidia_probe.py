@@ -232,9 +232,7 @@ def test_the_child_process_answers_on_any_machine(tmp_path: Path) -> None:
     assert "error" in answer or answer["devices"] is not None
 
 
-def test_moore_threads_bindings_under_nvmls_name_are_refused(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_moore_threads_bindings_under_nvmls_name_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     # requirement X14
     (tmp_path / "dev").mkdir()
     (tmp_path / "dev/nvidiactl").touch()

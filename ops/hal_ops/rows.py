@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Rows", "check_input", "check_out", "empty_like", "fold", "refuse_grad"]
+__all__ = ["Rows", "check_input", "check_out", "empty_like", "fold", "half_of", "refuse_grad"]
 
 
 class Rows(NamedTuple):
     """Row ``r`` begins ``(r // inner) * outer_stride + (r % inner) * inner_stride`` elements after the first."""
 
-    count: int
+    total: int
     inner: int
     outer_stride: int
     inner_stride: int
@@ -82,20 +82,26 @@ def check_out(name: str, out: Tensor, shape: tuple[int, ...], dtype: object) -> 
 
 def empty_like(x: Tensor, *others: object) -> Tensor:
     """An output like ``x``: its shape, dtype and device; contiguous. The further inputs of an op are ignored."""
-    return x.new_empty(x.shape)
+    import torch
+
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def refuse_grad(*tensors: Tensor | None) -> None:
-    """For kernels without a backward: autograd would lose the gradients without a word.
+def half_of(x: Tensor) -> Tensor:
+    """An empty output half as wide as ``x``, contiguous."""
+    return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
+
+
+def refuse_grad() -> None:
+    """For kernels without a backward, to call when an input requires a gradient: it would be lost without a word.
 
     Raises:
-        RuntimeError: a gradient is wanted through one of the tensors.
+        RuntimeError: gradients are recorded.
     """
-    if any(x is not None and x.requires_grad for x in tensors):
-        import torch
+    import torch
 
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "an input requires a gradient, and this kernel has no backward: bind the op with needs_grad=True, or "
-                "call it under torch.no_grad()"
-            )
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "an input requires a gradient, and this kernel has no backward: bind the op with needs_grad=True, or "
+            "call it under torch.no_grad()"
+        )

@@ -1,0 +1,146 @@
+"""What the ``portable`` platform declares about the ops of a decoder layer beside attention: data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from hal._constraints import Anything, Constraint, OneOf, Range
+from hal._kernel import Band, Kernel, Needs
+from hal_ops import FP8_DTYPES, Op
+from hal_ops.fp8_quantize import FP8_QUANTIZE
+from hal_ops.fused_add_rms_norm import FUSED_ADD_RMS_NORM
+from hal_ops.gelu_and_mul import GELU_AND_MUL
+from hal_ops.layer_norm import LAYER_NORM
+from hal_ops.rms_norm import RMS_NORM
+from hal_ops.rotary_embedding import ROTARY_EMBEDDING
+from hal_ops.silu_and_mul import SILU_AND_MUL
+
+__all__ = ["OPS", "kernels"]
+
+OPS: tuple[Op, ...] = (
+    RMS_NORM,
+    FUSED_ADD_RMS_NORM,
+    LAYER_NORM,
+    SILU_AND_MUL,
+    GELU_AND_MUL,
+    ROTARY_EMBEDDING,
+    FP8_QUANTIZE,
+)
+
+_MODULES = {
+    "rms_norm": "norm",
+    "fused_add_rms_norm": "norm",
+    "layer_norm": "norm",
+    "silu_and_mul": "gate",
+    "gelu_and_mul": "gate",
+    "rotary_embedding": "rotary",
+    "fp8_quantize": "quantize",
+}
+_TORCH = Needs("torch", ">=2.6", install="`pip install torch`")
+_TRITON = Needs("triton", ">=3.2", ("triton", "pytorch-triton", "pytorch-triton-rocm"))
+_HALVES = ("float32", "bfloat16", "float16")
+_FORMATS = OneOf(*_HALVES, "float64")
+_FLAG = OneOf(False, True)
+_LARGEST = 16384
+"""Elements of a group that the Triton kernel holds in the registers of a program."""
+_RUN = ("sm_90",)
+_COMPILED = ("sm_80", "sm_86", "sm_89", "sm_100", "sm_120", "gfx942", "gfx950", "gfx1100")
+
+Fields = dict[str, Constraint]
+
+
+def kernels() -> tuple[Kernel, ...]:
+    """For each op: the Triton kernel, the one of torch's operators, and the reference."""
+    return tuple(kernel for op in OPS for kernel in (_triton(op), _torch(op), _reference(op)))
+
+
+def _triton(op: Op) -> Kernel:
+    name = op.name
+    held: Fields = {"group_elements": Range(1, _LARGEST)} if op is FP8_QUANTIZE else {}
+    return Kernel(
+        name=f"triton.{name}",
+        op=name,
+        phase="call",
+        target=f"hal_ops.{name}.triton_{_MODULES[name]}:{name}",
+        priority=Band.PORTABLE + 50,
+        capabilities=frozenset({"triton"}),
+        needs=(_TORCH, _TRITON),
+        fields={**_narrow(_fields(op)), "graph": _FLAG, **held},
+        evidence={**dict.fromkeys(_RUN, "run"), **dict.fromkeys(_COMPILED, "compiled"), "*": "claimed"},
+    )
+
+
+def _torch(op: Op) -> Kernel:
+    gradient: Fields = {} if op is FP8_QUANTIZE else {"needs_grad": _FLAG}
+    # torch's layer norm loses digits where the mean is far above the deviation, as in rows of one element
+    least: Fields = {"hidden_size": Range(2, None, (64, 80))} if op is LAYER_NORM else {}
+    return Kernel(
+        name=f"torch.{op.name}",
+        op=op.name,
+        phase="call",
+        target=f"hal_ops.{op.name}.torch_{_MODULES[op.name]}:{op.name}",
+        priority=Band.PORTABLE,
+        needs=(_TORCH,),
+        fields={**_fields(op), **least, "graph": _FLAG, **gradient},
+        evidence={"x86_64": "run", **dict.fromkeys(_RUN, "run")},
+        note="torch ops",
+    )
+
+
+def _reference(op: Op) -> Kernel:
+    return Kernel(
+        name=f"reference.{op.name}",
+        op=op.name,
+        phase="call",
+        target=op.reference["call"],
+        priority=Band.REFERENCE,
+        fields=_fields(op),
+        evidence={"x86_64": "run"},
+        note="float32 reference, slow",
+    )
+
+
+def _narrow(fields: Fields) -> Fields:
+    """Without float64."""
+    formats = [n for n in ("dtype", "weight_dtype", "table_dtype") if n in fields]
+    return {**fields, **dict.fromkeys(formats, OneOf(*_HALVES))}
+
+
+def _fields(op: Op) -> Fields:
+    """What every kernel of the op handles."""
+    common: Fields = {"dtype": _FORMATS, "deterministic": _FLAG}
+    return {**(_ROTARY if op is ROTARY_EMBEDDING else _ROWS), **common, **_OWN.get(op.name, {})}
+
+
+_ROWS: Fields = {"hidden_size": Range(1, None, (64, 80, 300))}
+_RMS: Fields = {
+    "weight_dtype": _FORMATS,
+    "eps": Range(0, None, (1e-5,)),
+    "weight_offset": Anything((1.0,)),
+}
+_OWN: Mapping[str, Fields] = {
+    "rms_norm": _RMS,
+    "fused_add_rms_norm": _RMS,
+    "layer_norm": {
+        "weight_dtype": _FORMATS,
+        "weight": OneOf(True, False),
+        "bias": OneOf(True, False),
+        "eps": Range(0, None, (1e-6,)),
+    },
+    "gelu_and_mul": {"approximate": OneOf("none", "tanh")},
+    "fp8_quantize": {
+        "fp8_dtype": OneOf(*FP8_DTYPES),
+        "granularity": OneOf("tensor", "token", "block"),
+        "block_size": Range(1, None, (64, 48)),
+        "block_rows": Range(1, None, (64, 3)),
+        "static": _FLAG,
+    },
+}
+_ROTARY: Fields = {
+    "num_q_heads": Range(1, None, (6, 14)),
+    "num_kv_heads": Range(1, None, (2,)),
+    "head_dim": Range(2, None, (64, 80)),
+    "rotary_dim": Range(2, None, (64, 32)),
+    "style": OneOf("neox", "interleaved"),
+    "table_dtype": _FORMATS,
+}

@@ -1,0 +1,24 @@
+"""``Traced``: how an op of one phase stands in the graph of a compiler that traces it. Needs no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+
+__all__ = ["Traced"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Traced:
+    """The signature of an op's call in torch's schema language, and what comes out.
+
+    Fields:
+        arguments: the call's arguments in order, as in ``"Tensor x, Tensor(a!) residual, Tensor? bias=None"``: those
+            with a ``!`` are changed. ``out`` is not among them.
+        outputs: target of a factory ``request -> fn``, where ``fn`` takes the same arguments and returns empty outputs of
+            the right shapes, dtypes and strides: a Tensor, or a tuple where ``results`` is above 1.
+        results: how many tensors the call returns, and ``out=`` takes.
+    """
+
+    arguments: str
+    outputs: str
+    results: int = 1

@@ -1,0 +1,197 @@
+"""What a warp group of the Hopper kernels does with a block: products, softmax, loads and stores of its rows."""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia import hopper
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from hal_ops.attention._hopper_copy import rows_layout
+
+__all__ = [
+    "fold_block", "load_queries", "multiply_keys", "multiply_values", "pack", "product_layout", "softmax", "store_rows",
+    "times", "wait_values",
+]  # fmt: skip
+
+# Triton 3.9 calls it barrier.
+_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+
+
+@gluon.constexpr_function
+def product_layout(columns, warps):
+    return gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, columns, 16])
+
+
+@gluon.jit
+def softmax(
+    s, keys, position, high, left, right, scale, cap, slope, top, total,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, PLAIN: gl.constexpr,
+    MASKED: gl.constexpr,
+):  # fmt: skip
+    """Weights of one block: ``p, shrink, total, top``; ``shrink`` is what earlier results are multiplied by."""
+    if not PLAIN:
+        s = s * scale
+        if SOFTCAP:
+            s = cap - 2.0 * cap / (gl.exp2(s) + 1.0)
+        if ALIBI:
+            s = s - slope[:, None] * gl.abs(keys[None, :] - position[:, None]).to(gl.float32)
+    if MASKED:
+        seen = (keys < high)[None, :]
+        if HAS_RIGHT:
+            seen = seen & (keys[None, :] <= position[:, None] + right)
+        if HAS_LEFT:
+            seen = seen & (keys[None, :] >= position[:, None] - left)
+        s = gl.where(seen, s, float("-inf"))
+    if PLAIN:
+        new_top = gl.maximum(top, gl.max(s, 1) * scale)
+        p = gl.exp2(s * scale - new_top[:, None])
+    else:
+        new_top = gl.maximum(top, gl.max(s, 1))
+        p = gl.exp2(s - new_top[:, None])
+    shrink = gl.exp2(top - new_top)
+    return p, shrink, total * shrink + gl.sum(p, 1), new_top
+
+
+@gluon.jit
+def pack(p, dtype: gl.constexpr):
+    """Pairs of neighbouring columns as one int32: a loop carries them in half as many registers."""
+    M: gl.constexpr = p.shape[0]
+    N: gl.constexpr = p.shape[1]
+    low, high = gl.split(gl.reshape(p, [M, N // 2, 2]))
+    if dtype == gl.bfloat16:
+        packed = gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=gl.int32, is_pure=True, pack=1
+        )
+    else:
+        packed = gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=gl.int32, is_pure=True, pack=1
+        )
+    return packed
+
+
+@gluon.jit
+def _unpack(packed, dtype: gl.constexpr):
+    M: gl.constexpr = packed.shape[0]
+    N: gl.constexpr = packed.shape[1] * 2
+    low, high = gl.inline_asm_elementwise(
+        "mov.b32 {$0, $1}, $2;", "=h,=h,r", [packed], dtype=(gl.int16, gl.int16), is_pure=True, pack=1
+    )
+    pairs = gl.join(low, high)
+    return gl.reshape(pairs, [M, N]).to(dtype, bitcast=True)
+
+
+@gluon.jit
+def multiply_keys(queries, keys, slot, SPLIT: gl.constexpr):
+    """Issues q k^T of one buffer."""
+    q, q_rest = queries
+    k, k_rest = keys
+    BLOCK_M: gl.constexpr = q.shape[0]
+    BLOCK_N: gl.constexpr = k.shape[1]
+    none = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, layout=product_layout(BLOCK_N, 4))
+    s = hopper.warpgroup_mma(q, k.index(slot).permute((1, 0)), none, use_acc=False, is_async=True)
+    if SPLIT:
+        s = hopper.warpgroup_mma(q_rest, k_rest.index(slot).permute((1, 0)), s, is_async=True)
+    return s
+
+
+@gluon.jit
+def multiply_values(p, acc, rest, values, slot, SPLIT: gl.constexpr):
+    """Issues p v of one buffer."""
+    v, v_rest = values
+    LAYOUT: gl.constexpr = product_layout(v.shape[2], 4)
+    p = _unpack(p, v.dtype)
+    weights = gl.convert_layout(p, gl.DotOperandLayout(0, LAYOUT, 2))
+    acc = hopper.warpgroup_mma(weights, v.index(slot), acc, is_async=True)
+    if SPLIT:
+        REST_LAYOUT: gl.constexpr = product_layout(v_rest.shape[2], 4)
+        weights_rest = gl.convert_layout(p, gl.DotOperandLayout(0, REST_LAYOUT, 2))
+        rest = hopper.warpgroup_mma(weights_rest, v_rest.index(slot), rest, is_async=True)
+    return acc, rest
+
+
+@gluon.jit
+def wait_values(acc, rest, SPLIT: gl.constexpr):
+    if SPLIT:
+        acc, rest = hopper.warpgroup_mma_wait(0, deps=(acc, rest))
+    else:
+        acc = hopper.warpgroup_mma_wait(0, deps=(acc,))
+    return acc, rest
+
+
+@gluon.jit
+def times(x, factor):
+    LAYOUT: gl.constexpr = gl.SliceLayout(1, x.type.layout)
+    return x * gl.convert_layout(factor, LAYOUT)[:, None]
+
+
+@gluon.jit
+def _load_part(base, offsets, valid, buffer, DIM: gl.constexpr, FIRST: gl.constexpr):
+    BLOCK: gl.constexpr = buffer.shape[1]
+    LAYOUT: gl.constexpr = rows_layout(BLOCK, 4)
+    rows = gl.convert_layout(offsets, gl.SliceLayout(1, LAYOUT))
+    inside = gl.convert_layout(valid, gl.SliceLayout(1, LAYOUT))
+    columns = FIRST + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, LAYOUT))
+    tile = gl.load(
+        base + (rows[:, None] + columns[None, :]), mask=inside[:, None] & (columns < DIM)[None, :], other=0.0
+    )
+    buffer.store(tile)
+
+
+@gluon.jit
+def load_queries(base, offsets, valid, buffers, slot, DIM: gl.constexpr):
+    """Rows into the buffers of a slot; 0 where there are none. Returns these buffers."""
+    whole, rest = buffers
+    _load_part(base, offsets, valid, whole.index(slot), DIM, 0)
+    if whole.shape[2] < DIM:
+        _load_part(base, offsets, valid, rest.index(slot), DIM, whole.shape[2])
+    hopper.fence_async_shared()
+    _barrier()
+    return whole.index(slot), rest.index(slot)
+
+
+@gluon.jit
+def store_rows(base, offsets, valid, x, DIM: gl.constexpr, BLOCK: gl.constexpr, FIRST: gl.constexpr):
+    LAYOUT: gl.constexpr = rows_layout(BLOCK, 4)
+    x = gl.convert_layout(x.to(base.dtype.element_ty), LAYOUT)
+    rows = gl.convert_layout(offsets, gl.SliceLayout(1, LAYOUT))
+    inside = gl.convert_layout(valid, gl.SliceLayout(1, LAYOUT))
+    columns = FIRST + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, LAYOUT))
+    gl.store(base + (rows[:, None] + columns[None, :]), x, mask=inside[:, None] & (columns < DIM)[None, :])
+
+
+@gluon.jit
+def fold_block(
+    j, start, p, acc, rest, total, top, queries, keys, values, barriers, high,
+    position, left, right, scale, cap, slope, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, PLAIN: gl.constexpr, MASKED: gl.constexpr,
+    SPLIT: gl.constexpr, V_SPLIT: gl.constexpr, FENCE: gl.constexpr,
+):  # fmt: skip
+    """Block ``j``: multiplies the weights of block ``j - 1`` with its values, and makes the weights of this one."""
+    k_full, k_empty, v_full, v_empty = barriers
+    BLOCK_N: gl.constexpr = keys[0].shape[1]
+    last = j - 1
+    mbarrier.wait(k_full.index(j & 1), (j >> 1) & 1)
+    if FENCE:
+        hopper.fence_async_shared()
+    s = multiply_keys(queries, keys, j & 1, SPLIT)
+    acc, rest = multiply_values(p, acc, rest, values, last & 1, V_SPLIT)
+    s = hopper.warpgroup_mma_wait(2 if V_SPLIT else 1, deps=(s,))
+    mbarrier.arrive(k_empty.index(j & 1))
+    columns = start + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, s.type.layout))
+    p, shrink, total, top = softmax(
+        s, columns, position, high, left, right, scale, cap, slope, top, total,
+        HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, PLAIN, MASKED,
+    )  # fmt: skip
+    # ptxas moves the wait for a product up to where the last one was issued, across any arithmetic, but not across a
+    # branch; the one in this wait keeps the softmax beside the product.
+    mbarrier.wait(v_full.index(j & 1), (j >> 1) & 1)
+    acc, rest = wait_values(acc, rest, V_SPLIT)
+    mbarrier.arrive(v_empty.index(last & 1))
+    p = pack(p, values[0].dtype)
+    acc = times(acc, shrink)
+    if V_SPLIT:
+        rest = times(rest, shrink)
+    return p, acc, rest, total, top

@@ -1,0 +1,39 @@
+"""What flash-attention's versions have in common: window sentinels, and the LSE of rows without keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hal_ops.attention import AttentionRequest
+
+__all__ = ["longest_query", "nothing", "window_of", "without_keys"]
+
+
+def window_of(request: AttentionRequest) -> tuple[int, int]:
+    """``(left, right)`` with -1 for an unlimited side."""
+    left, right = request.window
+    return (-1 if left is None else left, -1 if right is None else right)
+
+
+def longest_query(q: Tensor, cu_seqlens_q: Tensor, given: int | None) -> int:
+    """The bound on the query lengths of a ragged call.
+
+    With a bound of 1, flash-attention 2 takes one query in *every* row for granted, and reshapes q by that
+    (``mha_varlen_fwd``, ``seqlenq_ngroups_swapped``).
+    """
+    longest = given or q.shape[0]
+    return longest if longest > 1 or q.shape[0] == cu_seqlens_q.shape[0] - 1 else 2
+
+
+def without_keys(lse: Tensor) -> Tensor:
+    """The LSE with -inf where flash-attention 2 says +inf, in place: rows that see no key."""
+    return lse.masked_fill_(lse == torch.inf, -torch.inf)
+
+
+def nothing(q: Tensor, v_head_dim: int, return_lse: bool) -> Any:
+    """The outcome where there is no key at all, or no query: zeros, and an LSE of -inf."""
+    out = q.new_zeros((*q.shape[:-1], v_head_dim))
+    return (out, q.new_full(q.shape[:-1], -torch.inf, dtype=torch.float32)) if return_lse else out

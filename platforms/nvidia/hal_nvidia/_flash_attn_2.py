@@ -1,0 +1,160 @@
+"""flash-attention 2: ``flash_attn_func``, ``flash_attn_varlen_func`` and ``flash_attn_with_kvcache``.
+
+``flash_attn_2_cuda`` is imported first: the package ``flash_attn`` may also be there with flash-attention 4 alone.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import flash_attn_2_cuda  # noqa: F401
+from flash_attn.flash_attn_interface import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from torch import Tensor
+from torch.nn import functional
+
+import hal
+from hal_nvidia._flash import longest_query, nothing, window_of, without_keys
+from hal_ops.attention import AttentionRequest, PagedAttention, PrefillAttention, Step
+from hal_ops.attention.reference import check_tensors
+
+__all__ = ["decode", "extend", "prefill"]
+
+
+def prefill(request: AttentionRequest, device: hal.Device) -> PrefillAttention:
+    """The prefill phase."""
+    options = {**_masks(request), "deterministic": request.deterministic}
+    dense, ragged = partial(flash_attn_func, **options), partial(flash_attn_varlen_func, **options)
+    v_head_dim, alibi = request.v_head_dim, request.alibi
+
+    def call(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
+        max_seqlen_q: int | None = None,
+        max_seqlen_k: int | None = None,
+        sinks: Tensor | None = None,
+        alibi_slopes: Tensor | None = None,
+        return_lse: bool = False,
+    ) -> Any:
+        if alibi or sinks is not None or alibi_slopes is not None:
+            check_tensors(request, sinks, alibi_slopes)
+        if not q.numel() or not k.numel():
+            return nothing(q, v_head_dim, return_lse)
+        if cu_seqlens_q is None:
+            found = dense(q, k, v, alibi_slopes=alibi_slopes, return_attn_probs=return_lse)
+        else:
+            found = ragged(
+                q, k, v, cu_seqlens_q, cu_seqlens_k, longest_query(q, cu_seqlens_q, max_seqlen_q),
+                max_seqlen_k or k.shape[0], alibi_slopes=alibi_slopes, return_attn_probs=return_lse,
+            )  # fmt: skip
+        return (found[0], without_keys(found[1].transpose(-1, -2))) if return_lse else found
+
+    return call
+
+
+def _masks(request: AttentionRequest) -> dict[str, Any]:
+    """The arguments that each of the functions takes."""
+    return {
+        "softmax_scale": request.softmax_scale,
+        "causal": request.causal,
+        "window_size": window_of(request),
+        "softcap": request.softcap,
+    }
+
+
+def extend(request: AttentionRequest, device: hal.Device) -> PagedAttention:
+    """The extend phase."""
+    return _Extend(request)
+
+
+def decode(request: AttentionRequest, device: hal.Device) -> PagedAttention:
+    """The decode phase."""
+    return _Decode(request)
+
+
+class _Paged:
+    def __init__(self, request: AttentionRequest) -> None:
+        self._request = request
+        self._heads_first = request.kv_layout == "HND"
+        self._plain = not request.alibi
+        self._varlen = partial(flash_attn_varlen_func, **_masks(request))
+        self._with_kvcache = partial(flash_attn_with_kvcache, **_masks(request))
+
+    def _check(self, sinks: Tensor | None, alibi_slopes: Tensor | None) -> None:
+        if not self._plain or sinks is not None or alibi_slopes is not None:
+            check_tensors(self._request, sinks, alibi_slopes)
+
+    def plan(self, step: Step) -> None:
+        return None
+
+    def _caches(self, k_cache: Tensor, v_cache: Tensor) -> tuple[Tensor, Tensor]:
+        return (k_cache.transpose(1, 2), v_cache.transpose(1, 2)) if self._heads_first else (k_cache, v_cache)
+
+
+class _Extend(_Paged):
+    def __call__(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        step: Step,
+        payload: None,
+        *,
+        sinks: Tensor | None = None,
+        alibi_slopes: Tensor | None = None,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
+        return_lse: bool = False,
+    ) -> Any:
+        self._check(sinks, alibi_slopes)
+        if not q.numel() or not step.max_kv_len:
+            return nothing(q, self._request.v_head_dim, return_lse)
+        # A captured graph serves other steps too: its bound is what any of them may need.
+        longest = q.shape[0] if self._request.graph else step.max_q_len
+        found = self._varlen(
+            q, *self._caches(k_cache, v_cache), step.cu_seqlens_q, step.cu_seqlens_k,
+            longest_query(q, step.cu_seqlens_q, longest), step.max_kv_len, block_table=step.block_table,
+            alibi_slopes=alibi_slopes, return_attn_probs=return_lse,
+        )  # fmt: skip
+        return (found[0], without_keys(found[1].transpose(0, 1))) if return_lse else found
+
+
+class _Decode(_Paged):
+    def __call__(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        step: Step,
+        payload: None,
+        *,
+        sinks: Tensor | None = None,
+        alibi_slopes: Tensor | None = None,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
+        return_lse: bool = False,
+    ) -> Any:
+        self._check(sinks, alibi_slopes)
+        tokens, q_len = q.shape[0], step.max_q_len
+        rows = min(tokens // q_len, step.batch) if q_len else 0
+        if not rows:
+            return nothing(q, self._request.v_head_dim, return_lse)
+        used = rows * q_len
+        found = self._with_kvcache(
+            (q if used == tokens else q[:used]).view(rows, q_len, *q.shape[1:]),
+            *self._caches(k_cache, v_cache),
+            cache_seqlens=step.kv_lens if rows == step.batch else step.kv_lens[:rows],
+            block_table=step.block_table if rows == step.batch else step.block_table[:rows],
+            alibi_slopes=alibi_slopes,
+            return_softmax_lse=return_lse,
+        )
+        out = (found[0] if return_lse else found).flatten(0, 1)
+        out = out if used == tokens else functional.pad(out, (0, 0, 0, 0, 0, tokens - used))
+        if not return_lse:
+            return out
+        lse = without_keys(found[1]).transpose(1, 2).flatten(0, 1)
+        return out, lse if used == tokens else functional.pad(lse, (0, 0, 0, tokens - used), value=-float("inf"))

@@ -1,0 +1,211 @@
+"""flash-attention 3: fresh keys through ``flash_attn_func`` and ``flash_attn_varlen_func``, caches through
+``flash_attn_with_kvcache``, which alone takes pages.
+
+The plan is what the library's own planner makes: how rows are split and ordered, once a step instead of once a layer.
+Its size is asserted here, since the library finds a wrong one only at the launch, and a captured graph never does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from functools import partial
+from typing import Any
+
+import torch
+from flash_attn_interface import (
+    flash_attn_func,
+    flash_attn_varlen_func,
+    flash_attn_with_kvcache,
+    get_scheduler_metadata,
+)
+from torch import Tensor
+
+import hal
+from hal_nvidia._flash import nothing, window_of
+from hal_nvidia._flash_attn_3_sizes import check_size, metadata_sizes
+from hal_ops import is_fp8, torch_dtype
+from hal_ops.attention import AttentionRequest, PagedAttention, PrefillAttention, Step
+from hal_ops.attention.reference import check_tensors
+
+__all__ = ["decode", "extend", "prefill"]
+
+
+def _check_sinks(request: AttentionRequest) -> None:
+    if request.sinks and "sinks" not in inspect.signature(flash_attn_with_kvcache).parameters:
+        raise ValueError("flash_attn_with_kvcache of the installed flash-attention 3 takes no sinks")
+
+
+def prefill(request: AttentionRequest, device: hal.Device) -> PrefillAttention:
+    """The prefill phase.
+
+    Raises:
+        ValueError: sinks are asked for, and the library's functions take none.
+    """
+    _check_sinks(request)
+    options: dict[str, Any] = {
+        "softmax_scale": request.softmax_scale,
+        "causal": request.causal,
+        "window_size": window_of(request),
+        "softcap": request.softcap,
+        "deterministic": request.deterministic and request.needs_grad,
+    }
+    dense, ragged = partial(flash_attn_func, **options), partial(flash_attn_varlen_func, **options)
+    v_head_dim, with_sinks = request.v_head_dim, request.sinks
+
+    def call(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
+        max_seqlen_q: int | None = None,
+        max_seqlen_k: int | None = None,
+        sinks: Tensor | None = None,
+        alibi_slopes: Tensor | None = None,
+        return_lse: bool = False,
+    ) -> Any:
+        if with_sinks or sinks is not None or alibi_slopes is not None:
+            check_tensors(request, sinks, alibi_slopes)
+        if not q.numel() or not k.numel():
+            return nothing(q, v_head_dim, return_lse)
+        more = {} if sinks is None else {"sinks": sinks.to(torch.bfloat16)}
+        if cu_seqlens_q is None:
+            found = dense(q, k, v, return_attn_probs=return_lse, **more)
+        else:
+            found = ragged(
+                q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q or q.shape[0], max_seqlen_k or k.shape[0],
+                return_attn_probs=return_lse, **more,
+            )  # fmt: skip
+        return (found[0], found[1].transpose(-1, -2)) if return_lse else found
+
+    return call
+
+
+def extend(request: AttentionRequest, device: hal.Device) -> PagedAttention:
+    """The extend phase.
+
+    Raises:
+        ValueError: sinks are asked for, and the library's functions take none.
+    """
+    return _Paged(request, device, "extend")
+
+
+def decode(request: AttentionRequest, device: hal.Device) -> PagedAttention:
+    """The decode phase: the same as :func:`extend`, with a bound on the queries that is known beforehand.
+
+    Raises:
+        ValueError: sinks are asked for, and the library's functions take none.
+    """
+    return _Paged(request, device, "decode")
+
+
+@dataclasses.dataclass(slots=True)
+class Schedule:
+    """One step's plan: the planner's metadata, and the bound on query lengths that it was made with."""
+
+    metadata: Tensor
+    longest: int
+
+
+class _Paged:
+    def __init__(self, request: AttentionRequest, device: hal.Device, phase: str) -> None:
+        _check_sinks(request)
+        self._request = request
+        self._phase = phase
+        self._hopper = device.arch.name == "sm_90"
+        self._heads_first = request.kv_layout == "HND"
+        self._kv_heads = request.num_kv_heads
+        # Only without splits do the sums of a row not depend on the rows beside it.
+        splits = 1 if request.deterministic else 0
+        masks: dict[str, Any] = {"causal": request.causal, "window_size": window_of(request), "num_splits": splits}
+        self._with_sinks = request.sinks
+        self._attend = partial(
+            flash_attn_with_kvcache, softmax_scale=request.softmax_scale, softcap=request.softcap, **masks
+        )
+        self._planning = {
+            "qkv_dtype": torch_dtype(request.kv_dtype),
+            "headdim_v": request.v_head_dim,
+            "has_softcap": request.softcap > 0,
+            **masks,
+        }
+        self._quantize = _quantizer(request, device) if is_fp8(request.kv_dtype) else None
+
+    def plan(self, step: Step) -> Schedule | None:
+        """The planner's metadata. One kernel is launched; nothing waits for it."""
+        longest = self._longest(step)
+        if not step.batch or not longest or not step.block_table.shape[1]:
+            return None
+        return Schedule(self._metadata(step, longest), longest)
+
+    def update(self, step: Step, payload: Schedule | None) -> Schedule | None:
+        """The metadata of another step, in the memory of ``payload`` where a captured graph may hold its address.
+
+        Raises:
+            ValueError: the step's metadata has another size.
+        """
+        made = self.plan(step)
+        if not self._request.graph or payload is None or made is None:
+            return made
+        check_size(made.metadata.numel(), (payload.metadata.numel(),), f"a plan of {payload.metadata.numel()}")
+        payload.metadata.copy_(made.metadata)
+        return payload
+
+    def _longest(self, step: Step) -> int:
+        """The bound on query lengths; in a graph, that of any step that the plan's buffers hold."""
+        if not self._request.graph:
+            return step.max_q_len
+        return self._request.max_q_len if self._phase == "decode" else len(step.slot_mapping)
+
+    def _metadata(self, step: Step, longest: int) -> Tensor:
+        request, width = self._request, step.block_table.shape[1] * step.page_size
+        made: Tensor = get_scheduler_metadata(
+            step.batch, longest, width, request.num_q_heads, request.num_kv_heads, request.head_dim, step.kv_lens,
+            cu_seqlens_q=step.cu_seqlens_q, page_size=step.page_size, **self._planning,
+        )  # fmt: skip
+        wanted = metadata_sizes(request, step.batch, longest, width, hopper=self._hopper)
+        check_size(made.numel(), wanted, f"{step.batch} rows of at most {longest} queries and {width} keys")
+        return made
+
+    def __call__(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        step: Step,
+        payload: Schedule | None,
+        *,
+        sinks: Tensor | None = None,
+        alibi_slopes: Tensor | None = None,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
+        return_lse: bool = False,
+    ) -> Any:
+        if self._with_sinks or sinks is not None or alibi_slopes is not None:
+            check_tensors(self._request, sinks, alibi_slopes)
+        if payload is None or not q.numel():
+            return nothing(q, self._request.v_head_dim, return_lse)
+        more: dict[str, Any] = {} if sinks is None else {"sinks": sinks.to(torch.bfloat16)}
+        if self._heads_first:
+            k_cache, v_cache = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
+        if self._quantize is not None:
+            q, scale = self._quantize(q)
+            scales = {"q_descale": scale, "k_descale": k_scale, "v_descale": v_scale}
+            size = (step.batch, self._kv_heads)
+            more.update((name, x.expand(size)) for name, x in scales.items() if x is not None)
+        found = self._attend(
+            q, k_cache, v_cache, cache_seqlens=step.kv_lens, page_table=step.block_table,
+            cu_seqlens_q=step.cu_seqlens_q, max_seqlen_q=payload.longest, scheduler_metadata=payload.metadata,
+            return_softmax_lse=return_lse, **more,
+        )  # fmt: skip
+        return (found[0], found[1].transpose(0, 1)) if return_lse else found
+
+
+def _quantizer(request: AttentionRequest, device: hal.Device) -> Any:
+    """q to FP8 with one scale a call: ``q -> (values, scale [1])``."""
+    made = hal.get_op(
+        "fp8_quantize", hidden_size=request.head_dim, dtype=request.dtype, fp8_dtype=request.kv_dtype,
+        granularity="tensor", device=device,
+    )  # fmt: skip
+    return made.fn

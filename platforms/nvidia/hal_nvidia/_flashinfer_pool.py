@@ -1,0 +1,144 @@
+"""flashinfer's wrapper objects and work buffers: who may use which, and when one may be used again.
+
+A wrapper holds the metadata of one plan in buffers of its own: 8 MiB on the device and 8 MiB of page-locked host
+memory. A plan therefore owns a wrapper for as long as it lives. Afterwards the wrapper is idle, for plans on the same
+device and stream: what is still queued there runs before the next plan's copies.
+
+``plan`` fills the page-locked buffer and starts a copy that runs when the stream gets there. To fill it again before
+that would change the earlier plan, so an idle wrapper is taken only when its last copy has left.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import weakref
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import hal
+from hal_ops.attention import AttentionRequest
+
+__all__ = ["Held", "Lease", "identity", "lease", "scratch", "scratch_size", "stream_of", "zeroed_scratch"]
+
+_MIB = 1 << 20
+_TILES = (16, 64, 128)
+"""Rows of a query tile (``FA2DetermineCtaTileQ`` of ``include/flashinfer/attention/scheduler.cuh``)."""
+_BLOCKS_A_PROCESSOR = 2
+_MOST_PROCESSORS = 256
+_FUNCTIONS = 128 * _MIB
+"""What flashinfer recommends for its functions (``decode.py``, ``cudnn/decode.py``)."""
+
+Key = tuple[Any, ...]
+_idle: dict[Key, deque[Held]] = {}
+_zeroed: dict[tuple[torch.device, str], int] = {}
+
+
+@dataclasses.dataclass(slots=True)
+class Held:
+    """A wrapper, and what tells that its last plan's copies are done."""
+
+    wrapper: Any
+    copied: Any = None
+
+
+class Lease:
+    """One wrapper, held until the lease is gone."""
+
+    __slots__ = ("__weakref__", "_held", "run", "tokens", "wrapper")
+
+    def __init__(self, held: Held) -> None:
+        self._held = held
+        self.wrapper = held.wrapper
+        self.run: Callable[..., Any] = held.wrapper.run
+        self.tokens = 0
+        """Query tokens that the wrapper is planned for."""
+
+    def plan(self, fill: Callable[[Any], None]) -> None:
+        """Let ``fill`` plan the wrapper. Waits for nothing but copies of its last plan that are still queued."""
+        if self._held.copied is not None:
+            self._held.copied.synchronize()
+        fill(self.wrapper)
+        self._held.copied = _mark(self.wrapper.device)
+
+
+def lease(key: Key, make: Callable[[], Any]) -> Lease:
+    """An idle wrapper of this key, or a new one. ``key`` holds the stream, and all that ``make`` depends on."""
+    idle = _idle.setdefault(key, deque())
+    taken = Lease(_take(idle) or Held(make()))
+    finalizer = weakref.finalize(taken, idle.append, taken._held)
+    finalizer.atexit = False
+    return taken
+
+
+def _take(idle: deque[Held]) -> Held | None:
+    """The first whose copies are done. ``deque`` is safe between threads, and in finalizers."""
+    for _ in range(len(idle)):
+        try:
+            held = idle.popleft()
+        except IndexError:
+            return None
+        if held.copied is None or held.copied.query():
+            return held
+        idle.append(held)
+    return None
+
+
+def _mark(device: torch.device) -> Any:
+    if device.type == "cpu":
+        return None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def stream_of(device: torch.device) -> int:
+    """The current stream's handle; 0 where there are no streams."""
+    return 0 if device.type == "cpu" else int(torch.cuda.current_stream(device).cuda_stream)
+
+
+def scratch(device: torch.device, stream: int, num_bytes: int) -> Tensor:
+    """The buffer for partial results of one stream, uint8: kernels on a stream run one after the other.
+
+    Raises:
+        WorkspaceError: the pool is frozen and the buffer would have to grow.
+    """
+    return hal.workspace(device).get(f"flashinfer, stream {stream:#x}", num_bytes)
+
+
+def zeroed_scratch(device: torch.device, stream: int) -> Tensor:
+    """The buffer of the functions that count on zeros at first, and leave zeros where they need them: one a stream.
+
+    Raises:
+        WorkspaceError: the pool is frozen before the first use.
+    """
+    owner = f"flashinfer functions, stream {stream:#x}"
+    buffer = hal.workspace(device).get(owner, _FUNCTIONS)
+    if _zeroed.get((device, owner)) != buffer.data_ptr():
+        buffer.zero_()
+        _zeroed[device, owner] = buffer.data_ptr()
+    return buffer
+
+
+def scratch_size(request: AttentionRequest, device: hal.Device, tokens: int = 1 << 20, batch: int = 0) -> int:
+    """Bytes that a plan of ``tokens`` queries in ``batch`` rows may take for partial results.
+
+    One accumulator and one logsumexp a query head and row of each tile that is in flight or, in a captured graph, of
+    each tile that there can be (``PrefillPlan`` and ``DecodePlan`` of ``scheduler.cuh``).
+    """
+    packed = max(1, tokens - batch + 1) * request.group_size
+    tile = next((t for t in _TILES if packed <= t), _TILES[-1])
+    in_flight = _BLOCKS_A_PROCESSOR * (device.multiprocessors or _MOST_PROCESSORS) // request.num_kv_heads + 1
+    tiles = max(in_flight, -(-tokens * request.group_size // tile) + batch) if batch else in_flight
+    rows = max(tiles * tile, 16 * in_flight)
+    return request.num_q_heads * rows * (request.v_head_dim + 1) * 4 + _MIB
+
+
+def identity(make: Callable[..., Any]) -> tuple[Any, ...]:
+    """What tells two factories of wrappers apart: the class and what it is called with."""
+    assert isinstance(make, functools.partial)
+    return (make.func, *make.args, *sorted(make.keywords.items()))

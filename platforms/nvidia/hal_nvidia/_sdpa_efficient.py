@@ -1,0 +1,101 @@
+"""torch's memory-efficient attention, dense and ragged, aligned to the last key by its own mask type.
+
+The kernel takes ``[batch, len, heads, dim]``, or ``[1, tokens, heads, dim]`` with cumulative lengths. Its LSE is
+``[rows, heads, longest]``, the last dim rounded up to 32.
+
+Where a sequence has more queries than keys, the causal mask is wrong in *all* rows (seen on an H200 with torch 2.11):
+the first ones, which see no key, are made a sequence of their own, without keys. Of such a sequence neither a wide
+output nor the gradient of q is ever written (``kernel_forward.h``, ``kernel_backward.h``): both are masked.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import hal
+from hal_nvidia._flash import nothing
+from hal_ops.attention import AttentionRequest, PrefillAttention
+from hal_ops.attention.reference import check_tensors
+
+__all__ = ["prefill"]
+
+forward = torch.ops.aten._efficient_attention_forward.default
+_FULL, _CAUSAL = 0, 2
+_WRITTEN = 128
+"""Largest ``v_head_dim`` for which the kernel writes rows without keys."""
+
+
+def prefill(request: AttentionRequest, device: hal.Device) -> PrefillAttention:
+    """The prefill phase."""
+    scale, v_head_dim, causal = request.softmax_scale, request.v_head_dim, request.causal
+    mask, needs_grad = _CAUSAL if causal else _FULL, request.needs_grad
+
+    def call(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
+        max_seqlen_q: int | None = None,
+        max_seqlen_k: int | None = None,
+        sinks: Tensor | None = None,
+        alibi_slopes: Tensor | None = None,
+        return_lse: bool = False,
+    ) -> Any:
+        if sinks is not None or alibi_slopes is not None:
+            check_tensors(request, sinks, alibi_slopes)
+        if not q.numel() or not k.numel():
+            return nothing(q, v_head_dim, return_lse)
+        wanted = return_lse or needs_grad
+        if cu_seqlens_q is not None and cu_seqlens_k is not None:
+            bounds = max_seqlen_q or q.shape[0], max_seqlen_k or k.shape[0]
+            return ragged(q, k, v, cu_seqlens_q, cu_seqlens_k, bounds, wanted, return_lse)
+        q_len = q.shape[1]
+        empty = q_len - k.shape[1] if causal else 0
+        used = q[:, empty:] if empty > 0 else q
+        found = forward(used, k, v, None, None, None, None, None, 0.0, mask, wanted, scale=scale)
+        out = functional.pad(found[0], (0, 0, 0, 0, empty, 0)) if empty > 0 else found[0]
+        if not return_lse:
+            return out
+        lse = found[1][:, :, : used.shape[1]].transpose(1, 2)
+        return out, functional.pad(lse, (0, 0, empty, 0), value=-torch.inf) if empty > 0 else lse
+
+    def ragged(
+        q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, bounds: tuple[int, int], wanted: bool, lse: bool
+    ) -> Any:
+        if causal and cu_q is not cu_k:
+            cu_q, cu_k = without_first_queries(cu_q, cu_k)
+        if not lse and not needs_grad and v_head_dim <= _WRITTEN:
+            return forward(q[None], k[None], v[None], None, cu_q, cu_k, *bounds, 0.0, mask, wanted, scale=scale)[0][0]
+        rows, places, empty = tokens(q.shape[0], cu_q, cu_k)
+        if needs_grad:
+            q = q.masked_fill(empty[:, None, None], 0.0)
+        found = forward(q[None], k[None], v[None], None, cu_q, cu_k, *bounds, 0.0, mask, wanted, scale=scale)
+        out = found[0][0]
+        if v_head_dim > _WRITTEN:
+            out = out.masked_fill(empty[:, None, None], 0.0)
+        return (out, found[1][rows, :, places].masked_fill_(empty[:, None], -torch.inf)) if lse else out
+
+    return call
+
+
+def without_first_queries(cu_q: Tensor, cu_k: Tensor) -> tuple[Tensor, Tensor]:
+    """Each sequence as two: the queries that see no key, with no keys, and the others. Made on the device."""
+    q_lens, kv_lens = cu_q.diff(), cu_k.diff()
+    more = (q_lens - kv_lens).clamp_min(0)
+    q_starts, k_starts = cu_q[:-1], cu_k[:-1]
+    halves = torch.stack([q_starts, q_starts + more, k_starts, k_starts]).view(2, 2, -1).transpose(1, 2).flatten(1)
+    both = torch.cat([halves, torch.stack([cu_q[-1:], cu_k[-1:]])], 1)
+    return both[0], both[1]
+
+
+def tokens(count: int, cu_q: Tensor, cu_k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each token its sequence, its place in it, and whether that has no key; nothing waits for the device."""
+    numbers = torch.arange(count, device=cu_q.device, dtype=cu_q.dtype)
+    rows = torch.searchsorted(cu_q[1:].contiguous(), numbers, right=True)
+    return rows, numbers - cu_q[rows], cu_k.diff()[rows] == 0

@@ -1,0 +1,100 @@
+"""What is declared about flash-attention 2 (distribution ``flash-attn``).
+
+Read from flash-attn 2.7.0 to 2.8.3.post2, ``csrc/flash_attn/flash_api.cpp`` and ``flash_attn/flash_attn_interface.py``:
+
+* float16 and bfloat16, cache and queries of one format; head dims up to 256, multiples of 8, equal.
+* paged caches have pages of a multiple of 256 tokens; strides are free, so both layouts do.
+* windows on both sides, softcap, ALiBi, any scale; no sinks. Causality is aligned to the last key.
+* a row without keys has the LSE +inf.
+* the forward pass gives the same bits again; the backward pass does if asked to (``deterministic``).
+* archs: cubins are built for 8.0, 9.0, 10.0 and 12.0 (``setup.py``, ``FLASH_ATTN_CUDA_ARCHS``), the last two with CUDA
+  12.8 and newer; each runs on later archs of its line.
+
+Band: on 8.x the fastest there is (A100: 225 TFLOP/s forward, the library's README); on 9.0 half as fast as
+flash-attention 3, and on 10.0 far behind 4: performant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from hal import (
+    Anything,
+    Archs,
+    Band,
+    Constraint,
+    Kernel,
+    MultipleOf,
+    Needs,
+    OneOf,
+    Pairs,
+    Range,
+    Reason,
+    SameAs,
+    Windows,
+)
+
+if TYPE_CHECKING:
+    from hal import Device
+    from hal_ops import Request
+
+__all__ = ["KERNELS"]
+
+_ARCHS = Archs(only=("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121"))
+_BLACKWELL_CUDA = ">=12.8"
+_FLASH_ATTN = Needs("flash-attn", ">=2.7", install="`pip install 'torch-hal-nvidia[flash-attn]' --no-build-isolation`")
+
+
+def _built_for(request: Request, device: Device) -> Sequence[Reason]:
+    """Why no build with this CUDA has code for the device's arch."""
+    if device.arch.number < (10, 0) or device.runtime.satisfies(_BLACKWELL_CUDA) is not False:
+        return ()
+    text = f"code for {device.arch.name} is built with CUDA {_BLACKWELL_CUDA} only; this is {device.runtime}"
+    return (Reason("runtime_too_old", text, "runtime", str(device.runtime), _BLACKWELL_CUDA, "install a newer CUDA"),)
+
+
+_COMMON: Mapping[str, Constraint] = {
+    "num_q_heads": Anything((1, 6, 14)),
+    "num_kv_heads": Anything((1, 2)),
+    "head_dim": MultipleOf(8, high=256),
+    "v_head_dim": SameAs("head_dim"),
+    "dtype": OneOf("bfloat16", "float16"),
+    "causal": OneOf(True, False),
+    "window": Windows(),
+    "softcap": Range(0, None, (30.0,)),
+    "alibi": OneOf(False, True),
+    "softmax_scale": Anything((0.3,)),
+    "return_lse": OneOf(False, True),
+    "deterministic": OneOf(False, True),
+    "graph": OneOf(False, True),
+}
+_FRESH: Mapping[str, Constraint] = {
+    "needs_grad": OneOf(False, True),
+    "return_lse": Pairs("needs_grad", (False, False), (False, True), (True, False)),
+}
+_PAGED: Mapping[str, Constraint] = {
+    "kv_dtype": SameAs("dtype"),
+    "page_size": MultipleOf(256),
+    "kv_layout": OneOf("NHD", "HND"),
+    "max_q_len": Range(1, None, (4,)),
+}
+
+
+def _kernel(phase: str, more: Mapping[str, Constraint]) -> Kernel:
+    return Kernel(
+        name=f"fa2.{phase}",
+        op="attention",
+        phase=phase,
+        target=f"hal_nvidia._flash_attn_2:{phase}",
+        priority=Band.PERFORMANT + 50,
+        platforms={"nvidia": _ARCHS},
+        needs=(Needs("torch", ">=2.6"), _FLASH_ATTN),
+        fields={**_COMMON, **more},
+        check=_built_for,
+        evidence={"*": "emulated"},
+        note="flash-attention 2",
+    )
+
+
+KERNELS = (_kernel("prefill", _FRESH), _kernel("extend", _PAGED), _kernel("decode", _PAGED))

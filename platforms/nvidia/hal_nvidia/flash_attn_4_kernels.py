@@ -1,0 +1,100 @@
+"""What is declared about flash-attn 4 (CuTe DSL, ``flash_attn.cute``): a declaration a family of archs.
+
+Read from the wheels of flash-attn-4 4.0.0b27, b31 and b36, ``flash_attn/cute/interface.py``. The adapters are emulated,
+and their calls bound to the signatures; they have not run on hardware yet.
+
+* Versions: b22 asks for exactly nvidia-cutlass-dsl 4.6.0.dev0, b27 and later for 4.6.2 or newer: one pair of bounds.
+* No FP8: ``q_descale``, ``k_descale`` and ``v_descale`` are arguments of the private forward alone, and without scales
+  an FP8 cache means nothing.
+* sm_8x and sm_12x have no paged keys, no sinks (``flash_fwd.py``: "not supported in this kernel") and no limit on head
+  dims but shared memory: 128 is declared. sm_8x has no backward.
+* Blackwell has head dims 8 to 128, (192, 128) and 256; 256 went wrong there for a V that is a view (tokenspeed#445) and
+  is not declared. Hopper has 8 to 256; that such views are right there is in ``tests/gpu``.
+* Pages of the key tile's own size (64 to 144, by head dim and mask) are loaded whole, so that what lies behind the last
+  token must be finite; the contract lets it be NaN. Of the sizes declared none is a tile of head dims up to 128.
+* Strides that are not multiples of 16 bytes make it copy (``maybe_contiguous``).
+
+Bands: the fastest known on Blackwell (1613 TFLOP/s on a B200, arXiv 2603.05451): specialized. On Hopper behind
+flash-attn 3, above all with ragged lengths (torchtitan#4413), and without a split over the keys in decode; on sm_8x and
+sm_12x its code is that of Ampere: performant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from hal import Anything, Archs, Band, Constraint, Kernel, Needs, OneOf, Pairs, Range, Windows
+
+__all__ = ["KERNELS"]
+
+_NEEDS = (
+    Needs("torch", ">=2.6"),
+    Needs("flash-attn-4", ">=4.0.0b27", install="`pip install --pre 'torch-hal-nvidia[flash-attn-4]'`"),
+    Needs("nvidia-cutlass-dsl", ">=4.6.2", because="flash-attn-4 4.0.0b27 and later are written for it"),
+)
+_HOPPER = ("sm_90",)
+_BLACKWELL = ("sm_100", "sm_103")
+_AMPERE_CODE = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_120", "sm_121")
+_SQUARE = ((128, 128), (64, 64), (80, 80), (96, 96))
+
+
+def _fields(*pairs: tuple[int, int], more: Mapping[str, Constraint]) -> dict[str, Constraint]:
+    return {
+        "num_q_heads": Anything((1, 6, 14)),
+        "num_kv_heads": Anything((1, 2)),
+        "head_dim": OneOf(*(qk for qk, _ in pairs)),
+        "v_head_dim": Pairs("head_dim", *pairs),
+        "dtype": OneOf("bfloat16", "float16"),
+        "causal": OneOf(True, False),
+        "window": Windows(),
+        "softcap": Range(0, None, (30.0,)),
+        "softmax_scale": Range(2**-8, 8, (0.3,)),
+        "return_lse": OneOf(False, True),
+        "deterministic": OneOf(False, True),
+        "graph": OneOf(False, True),
+        **more,
+    }
+
+
+def _kernel(name: str, archs: tuple[str, ...], priority: int, fields: Mapping[str, Constraint]) -> Kernel:
+    phase = name.partition("_")[0]
+    return Kernel(
+        name=f"fa4.{name}",
+        op="attention",
+        phase=phase,
+        target=f"hal_nvidia._flash_attn_4:{phase}",
+        priority=priority,
+        platforms={"nvidia": Archs(only=archs)},
+        needs=_NEEDS,
+        fields=fields,
+        copies="q, k or v whose strides are no multiples of 16 bytes (the library copies them)",
+        evidence={"*": "emulated"},
+        note="compiles on first use",
+    )
+
+
+_SINKS: Mapping[str, Constraint] = {"sinks": OneOf(False, True)}
+_GRADIENTS: Mapping[str, Constraint] = {"needs_grad": OneOf(False, True)}
+_CACHE: Mapping[str, Constraint] = {
+    "kv_dtype": Pairs("dtype", ("bfloat16", "bfloat16"), ("float16", "float16")),
+    "page_size": OneOf(16, 32, 64, 256),
+    "kv_layout": OneOf("NHD"),
+    "max_q_len": Range(1, None, (4,)),
+}
+_PREFILL = _fields(*_SQUARE, (192, 128), more={**_SINKS, **_GRADIENTS})
+_PAGED = _fields(*_SQUARE, more={**_SINKS, **_CACHE})
+
+KERNELS = (
+    _kernel(
+        "prefill",
+        _HOPPER,
+        Band.PERFORMANT + 55,
+        _fields(*_SQUARE, (192, 128), (256, 256), more={**_SINKS, **_GRADIENTS}),
+    ),
+    _kernel("prefill_sm100", _BLACKWELL, Band.SPECIALIZED + 70, _PREFILL),
+    _kernel("prefill_sm80", _AMPERE_CODE, Band.PERFORMANT + 8, _fields(*_SQUARE, more={})),
+    _kernel("extend", _HOPPER, Band.PERFORMANT + 40, _PAGED),
+    _kernel("extend_sm100", _BLACKWELL, Band.SPECIALIZED + 30, _PAGED),
+    _kernel("decode", _HOPPER, Band.PERFORMANT + 10, _PAGED),
+    _kernel("decode_sm100", _BLACKWELL, Band.SPECIALIZED + 20, _PAGED),
+)

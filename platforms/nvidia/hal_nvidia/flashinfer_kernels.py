@@ -1,0 +1,148 @@
+"""What is declared about flashinfer's wrappers: backends ``fa2`` and ``fa3``, and the wrapper for sinks.
+
+Read from flashinfer-python 0.5.3, 0.6.4, 0.6.7, 0.6.13, 0.6.15.post1, 0.6.18.post1 and 0.7.2.post1:
+
+* archs: ``fa2`` runs from sm_80 to sm_121; sm_100a needs nvcc 12.8, sm_103a and every sm_12x 12.9
+  (``flashinfer/compilation_context.py``); ``fa3`` is built for sm_90a alone (``csrc/batch_prefill_sm90.cu``).
+* head dims: 64, 128, 256 (``DISPATCH_HEAD_DIM`` of ``include/flashinfer/utils.cuh``), and 192 with 128 where K and V do
+  not share strides: the paged kernels of ``csrc/batch_prefill.cu`` and ``csrc/batch_decode.cu`` refuse that.
+* windows: ``window_left`` alone; there is no right bound.
+* softcap: template flag of ``plan``; the sink wrapper's variant (``flashinfer/jit/attention/variants.py``) has none.
+* ``run(sinks=...)`` of the plain wrappers is accepted and not used by fa2 and fa3 (``prefill.py``, ``paged_run``), so
+  sinks are declared for ``BatchAttentionWithAttentionSinkWrapper`` alone. Its compiled module is named by the format of
+  the queries, the window and the backend (``attention/_core.py``, until 0.7.2 at least), so that of two head dims or
+  cache formats in one process the second would run the first's code: one is declared, the dim of the models with sinks.
+* FP8: fa2 reads an FP8 cache under 16-bit queries, converting in software before sm_89; its loads say that they do not
+  work for head dim 64 (``attention/prefill.cuh``), and 128 is what ran here. fa3 asks for FP8 queries too: not adapted.
+* masked logits are -5e4 before 0.7.2 (``include/flashinfer/math.cuh``), multiplied by the scale afterwards: a scale so
+  small that masked keys would gain weight is not declared.
+
+Bands. Extend and decode need no copy and no synchronisation, take any page size, and decode is the fastest that has
+been measured on Hopper (9.5 us against 16.2 us of flash-attn 3 for one row of 1k keys on an H200, TileOPs#2084; 35 us
+against 98 us on an H20, sglang#5630): specialized. fa3's prefill reaches nine tenths of flash-attn 3's (flashinfer's
+v0.2 figures), fa2's is that of flash-attn 2: performant. Measured here on an H200, 32/8 heads of 128, bfloat16: prefill
+of 8192 tokens 631 TFLOP/s with fa3 and 352 with fa2, extend of 2048 queries over 8192 keys 548 and 313, decode of 32
+rows of 4096 keys 140 us (3.8 TB/s), with sinks 171 us, over an FP8 cache 176 us.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from hal import Anything, Archs, Band, Constraint, Either, Kernel, Needs, OneOf, Pairs, Range, Reason, SameAs, Windows
+
+if TYPE_CHECKING:
+    from hal import Device
+    from hal_ops import Request
+
+__all__ = ["BLACKWELL_CUDA", "FLASHINFER", "KERNELS", "toolkit", "versions_from"]
+
+_FA2_ARCHS = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121")
+_PREFILL_COPIES = "dense q, k or v whose sequences do not follow each other in memory"
+_PAGED_COPIES = (
+    "q, multiplied by the k scale of an FP8 cache; q, where a plan of fixed size is called with fewer tokens"
+)
+
+BLACKWELL_CUDA: Mapping[str, str] = {"sm_100": ">=12.8", "sm_103": ">=12.9", "sm_120": ">=12.9", "sm_121": ">=12.9"}
+"""CUDA versions whose compiler knows an arch."""
+
+
+def versions_from(versions: str, because: str = "") -> Needs:
+    """flashinfer in some versions."""
+    install = "`pip install 'torch-hal-nvidia[flashinfer]'`"
+    return Needs("flashinfer-python", versions, install=install, because=because)
+
+
+FLASHINFER = versions_from(">=0.5.3")
+
+
+def toolkit(request: Request, device: Device) -> Sequence[Reason]:
+    """Why the CUDA version here cannot compile kernels for the device's arch: flashinfer compiles on first use."""
+    wanted = BLACKWELL_CUDA.get(device.arch.name)
+    if wanted is None or device.runtime.satisfies(wanted) is not False:
+        return ()
+    text = f"compiling for {device.arch.name} needs CUDA {wanted}; this is {device.runtime}"
+    return (Reason("runtime_too_old", text, "runtime", str(device.runtime), wanted, "install a newer CUDA"),)
+
+
+def _common(*dims: int) -> dict[str, Constraint]:
+    return {
+        "num_q_heads": Anything((1, 6, 14)),
+        "num_kv_heads": Anything((1, 2)),
+        "head_dim": OneOf(*dims),
+        "v_head_dim": SameAs("head_dim"),
+        "dtype": OneOf("bfloat16", "float16"),
+        "causal": OneOf(True, False),
+        "window": Windows(right=False),
+        "softcap": Range(0, None, (30.0,)),
+        "softmax_scale": Range(2**-8, 8, (0.3,)),
+        "return_lse": OneOf(False, True),
+        "deterministic": OneOf(False, True),
+    }
+
+
+def _ragged() -> dict[str, Constraint]:
+    pairs = Pairs("head_dim", (64, 64), (128, 128), (256, 256), (192, 128))
+    return {**_common(128, 64, 256, 192), "v_head_dim": pairs}
+
+
+def _paged(*formats: str) -> dict[str, Constraint]:
+    others = (Pairs("head_dim", *((128, f) for f in formats)),) if formats else ()
+    cache: dict[str, Constraint] = {
+        "kv_dtype": Either(SameAs("dtype"), *others),
+        "page_size": Range(1, None, (16, 48)),
+        "kv_layout": OneOf("NHD", "HND"),
+        "max_q_len": Range(1, None, (4,)),
+        "graph": OneOf(False, True),
+        **({"kv_scale": OneOf("tensor", "head")} if formats else {}),
+    }
+    return {**_common(128, 64, 256), **cache}
+
+
+def _sinks() -> dict[str, Constraint]:
+    fields: dict[str, Constraint] = {**_paged(), "head_dim": OneOf(64), "sinks": OneOf(True)}
+    return {name: rule for name, rule in fields.items() if name != "softcap"}
+
+
+def _kernel(
+    name: str,
+    fields: Mapping[str, Constraint],
+    priority: int,
+    archs: tuple[str, ...],
+    note: str,
+    copies: str,
+    hopper: str = "run",
+) -> Kernel:
+    library, _, phase = name.partition(".")
+    return Kernel(
+        name=name,
+        op="attention",
+        phase=phase,
+        target=f"hal_nvidia._flashinfer:{library.removeprefix('flashinfer_')}_{phase}",
+        priority=priority,
+        platforms={"nvidia": Archs(only=archs)},
+        needs=(Needs("torch", ">=2.6"), FLASHINFER),
+        capabilities=frozenset({"bf16"}),
+        fields=fields,
+        check=toolkit,
+        copies=copies,
+        evidence={"sm_90": hopper, "*": "emulated"},
+        note=note,
+    )
+
+
+_FP8 = ("float8_e4m3fn", "float8_e5m2")
+_WAITS = "ragged calls without a plan wait for the device: it plans from lengths on the host"
+_PLAIN = "run without window or softcap; with them emulated"
+_OF_FA3 = "fa3 on sm_90"
+
+KERNELS = (
+    _kernel("flashinfer_fa2.prefill", _ragged(), Band.PERFORMANT + 5, _FA2_ARCHS, _WAITS, _PREFILL_COPIES),
+    _kernel("flashinfer_fa3.prefill", _ragged(), Band.PERFORMANT + 60, ("sm_90",), _WAITS, _PREFILL_COPIES),
+    _kernel("flashinfer_fa2.extend", _paged(*_FP8), Band.PERFORMANT + 30, _FA2_ARCHS, "", _PAGED_COPIES),
+    _kernel("flashinfer_fa3.extend", _paged(), Band.SPECIALIZED + 10, ("sm_90",), _PLAIN, _PAGED_COPIES),
+    _kernel("flashinfer_fa2.decode", _paged(*_FP8), Band.SPECIALIZED + 40, _FA2_ARCHS, "", _PAGED_COPIES),
+    _kernel("flashinfer_sink.extend", _sinks(), Band.PERFORMANT + 60, _FA2_ARCHS, _OF_FA3, _PAGED_COPIES, "emulated"),
+    _kernel("flashinfer_sink.decode", _sinks(), Band.PERFORMANT + 60, _FA2_ARCHS, "", _PAGED_COPIES),
+)

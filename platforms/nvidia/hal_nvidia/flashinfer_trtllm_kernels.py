@@ -1,0 +1,167 @@
+"""What is declared about the TensorRT-LLM and cuDNN kernels inside flashinfer: trtllm-gen, xqa, fmha_v2, cuDNN decode.
+
+Read from flashinfer-python 0.6.13, 0.6.15.post1, 0.6.18.post1 and 0.7.2.post1. Of these xqa alone has run for this
+project, on an H200; the other adapters are emulated, and their calls bound to the signatures.
+
+* trtllm-gen (``trtllm_batch_decode_with_kv_cache``, ``trtllm_batch_context_with_kv_cache``): sm_100 and sm_103; HND
+  is what its kernels read; page sizes are powers of two, of which vLLM uses 16, 32 and 64; no softcap; LSE in base 2;
+  sinks in float32. BF16 queries over an e4m3 cache in decode since 0.6.18 (``bf16q_fp8kv_transform_mode``).
+* xqa (``xqa_batch_decode_with_kv_cache``): page sizes 16 to 128, one query a row, no LSE. Over an e4m3 cache it
+  computes in that format, which ``fp8_query`` permits.
+* fmha_v2 (``trtllm_fmha_v2_prefill``): on sm_12x causal or full masks, no window before 0.7 and no softcap for separate
+  Q, K, V; its statistics are a maximum and a sum, for other layouts. Its paged layouts take K and V in one tensor,
+  which two cache tensors are not.
+* cuDNN decode: since 0.7.2 alone, see ``because`` below.
+
+Bands: on a B200 one sample (flashinfer ``benchmarks/samples``) has trtllm-gen at 14 us, cuDNN at 15 us and fa2 at 22 us
+for the same decode: specialized, in this order. xqa took 196 us on an H200 for what fa2 decodes in 140, and is wanted
+for head dims that fa2 lacks; for fmha_v2 nothing is known: performant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from hal import (
+    Anything,
+    Archs,
+    Band,
+    Constraint,
+    Either,
+    Kernel,
+    MultipleOf,
+    Needs,
+    OneOf,
+    Pairs,
+    Range,
+    SameAs,
+    Windows,
+)
+from hal_nvidia.flashinfer_kernels import toolkit, versions_from
+
+__all__ = ["KERNELS"]
+
+_DATACENTER = ("sm_100", "sm_103")
+_GRAPH_KEY = "before it, cuDNN graphs are found by shape alone and replayed for another scale, stride or dtype"
+
+
+def _fields(*dims: int, more: Mapping[str, Constraint]) -> dict[str, Constraint]:
+    common: dict[str, Constraint] = {
+        "num_q_heads": Anything((1, 6, 14)),
+        "num_kv_heads": Anything((1, 2)),
+        "head_dim": OneOf(*dims),
+        "v_head_dim": SameAs("head_dim"),
+        "dtype": OneOf("bfloat16", "float16"),
+        "causal": OneOf(True),
+        "softmax_scale": Range(2**-8, 8, (0.3,)),
+    }
+    return {**common, **more}
+
+
+def _paged(layouts: tuple[str, ...], pages: tuple[int, ...], more: Mapping[str, Constraint]) -> dict[str, Constraint]:
+    cache: dict[str, Constraint] = {
+        "kv_dtype": SameAs("dtype"),
+        "page_size": OneOf(*pages),
+        "kv_layout": OneOf(*layouts),
+        "max_q_len": Range(1, None, (4,)),
+        "window": Windows(right=False),
+    }
+    return {**cache, **more}
+
+
+_TRTLLM: dict[str, Constraint] = {
+    "sinks": OneOf(False, True),
+    "return_lse": OneOf(False, True),
+    "graph": OneOf(False, True),
+}
+_TRTLLM_DECODE: dict[str, Constraint] = {
+    **_TRTLLM,
+    "kv_dtype": Pairs("dtype", ("bfloat16", "bfloat16"), ("float16", "float16"), ("bfloat16", "float8_e4m3fn")),
+    "kv_scale": OneOf("tensor"),
+}
+_XQA: dict[str, Constraint] = {
+    "max_q_len": OneOf(1),
+    "sinks": OneOf(False, True),
+    "graph": OneOf(False, True),
+    "kv_dtype": Either(SameAs("dtype"), Pairs("fp8_query", (True, "float8_e4m3fn"))),
+    "fp8_query": OneOf(False, True),
+}
+_CUDNN: dict[str, Constraint] = {"return_lse": OneOf(False, True)}
+_FMHA: dict[str, Constraint] = {"causal": OneOf(True, False), "sinks": OneOf(False, True), "graph": OneOf(False, True)}
+
+
+def _kernel(
+    name: str,
+    versions: Needs,
+    archs: tuple[str, ...],
+    priority: int,
+    fields: Mapping[str, Constraint],
+    copies: str,
+    more: tuple[Needs, ...] = (),
+) -> Kernel:
+    library, _, phase = name.partition(".")
+    return Kernel(
+        name=name,
+        op="attention",
+        phase=phase,
+        target=f"hal_nvidia.{'_fmha_v2' if library == 'fmha_v2' else '_flashinfer_trtllm'}:{library}_{phase}",
+        priority=priority,
+        platforms={"nvidia": Archs(only=archs)},
+        needs=(Needs("torch", ">=2.6"), versions, *more),
+        fields=fields,
+        check=toolkit,
+        copies=copies,
+        evidence={"sm_90": "run", "*": "emulated"},
+    )
+
+
+_Q = "q, where it is a view that is not contiguous"
+_SINCE_18 = versions_from(">=0.6.18", "decode takes BF16 queries over an e4m3 cache since then")
+_FRONTEND = Needs("nvidia-cudnn-frontend", ">=1.31", install="`pip install 'torch-hal-nvidia[cudnn]'`")
+
+KERNELS = (
+    _kernel(
+        "trtllm_gen.extend",
+        _SINCE_18,
+        _DATACENTER,
+        Band.SPECIALIZED + 80,
+        _fields(128, 64, 256, more=_paged(("HND",), (16, 32, 64), _TRTLLM)),
+        _Q,
+    ),
+    _kernel(
+        "trtllm_gen.decode",
+        _SINCE_18,
+        _DATACENTER,
+        Band.SPECIALIZED + 80,
+        _fields(128, 64, 256, more=_paged(("HND",), (16, 32, 64), _TRTLLM_DECODE)),
+        _Q,
+    ),
+    _kernel(
+        "flashinfer_cudnn.decode",
+        versions_from(">=0.7.2", _GRAPH_KEY),
+        _DATACENTER,
+        Band.SPECIALIZED + 60,
+        _fields(128, 64, more=_paged(("HND",), (16, 32, 64, 128), _CUDNN)),
+        "",
+        (_FRONTEND,),
+    ),
+    _kernel(
+        "xqa.decode",
+        versions_from(">=0.6.4"),
+        ("sm_90", "sm_120", "sm_121"),
+        Band.PERFORMANT + 20,
+        {
+            **_fields(128, more=_paged(("NHD", "HND"), (16, 32, 64, 128), _XQA)),
+            "head_dim": MultipleOf(16, 16, 256),
+        },
+        _Q,
+    ),
+    _kernel(
+        "fmha_v2.prefill",
+        versions_from(">=0.6.7"),
+        ("sm_120", "sm_121"),
+        Band.PERFORMANT + 50,
+        _fields(128, 64, 256, more=_FMHA),
+        "q, k and v, where they are not contiguous",
+    ),
+)

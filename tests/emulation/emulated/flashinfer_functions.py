@@ -1,0 +1,223 @@
+"""flashinfer's plain functions: kernels of TensorRT-LLM and cuDNN, and those for rows (see :mod:`emulated.flashinfer`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from emulated.attend import attend
+
+__all__ = ["FUNCTIONS", "Masks", "attention"]
+
+LOG2_E = math.log2(math.e)
+
+
+@dataclasses.dataclass
+class Masks:
+    """What an attention depends on beside its tensors."""
+
+    causal: bool
+    left: int
+    softcap: float
+    scale: float
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    masks: Masks,
+    sinks: Tensor | None = None,
+    backend: str = "",
+    masked: float = -math.inf,
+) -> tuple[Tensor, Tensor]:
+    """One sequence: out in q's format, LSE in base 2. ``backend`` says what becomes of rows without keys."""
+    left = None if masks.left < 0 else masks.left
+    window = (left, 0 if masks.causal and left is not None else None)
+    out, lse = attend(
+        q, k, v, scale=masks.scale, causal=masks.causal, window=window, softcap=masks.softcap, sinks=sinks
+    )
+    lse = lse * LOG2_E
+    empty = lse == -math.inf
+    if backend == "fa3" and k.shape[0] and masked > -math.inf:
+        lse[empty] = masked * masks.scale * LOG2_E + math.log2(k.shape[0])
+        out = torch.where(empty.unsqueeze(-1), v.float().mean(0).repeat_interleave(q.shape[1] // v.shape[1], 0), out)
+    elif backend:
+        lse[empty] = masked
+    return out.to(q.dtype), lse.float()
+
+
+def _by_table(
+    q: Tensor, caches: tuple[Tensor, Tensor], table: Tensor, q_lens: list[int], kv_lens: Tensor, masks: Masks,
+    sinks: Tensor | None, layout: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if layout == "HND":
+        caches = (caches[0].transpose(1, 2), caches[1].transpose(1, 2))
+    assert q.is_contiguous(), "q is read by its shape"
+    size, pairs, start = caches[0].shape[1], [], 0
+    for row, q_len in enumerate(q_lens):
+        length = int(kv_lens[row])
+        pages = table[row, : -(-length // size)].long()
+        k, v = (c[pages].flatten(0, 1)[:length].to(q.dtype) for c in caches)
+        pairs.append(attention(q[start : start + q_len], k, v, masks, sinks))
+        start += q_len
+    return torch.cat([out for out, _ in pairs]), torch.cat([lse for _, lse in pairs])
+
+
+def _zeroed(buffer: Tensor) -> None:
+    assert not buffer[: 1 << 20].any(), "the work buffer must be zero at first"
+
+
+def _scaled(q: Tensor, bmm1: float | Tensor, bmm2: float | Tensor) -> tuple[float, float]:
+    for scale in (bmm1, bmm2):
+        assert not isinstance(scale, Tensor) or (scale.dtype == torch.float32 and scale.numel() == 1)
+    return float(bmm1), float(bmm2)
+
+
+def trtllm_batch_context_with_kv_cache(
+    query: Tensor, kv_cache: Any, workspace_buffer: Tensor, block_tables: Tensor, seq_lens: Tensor, max_q_len: int,
+    max_kv_len: int, bmm1_scale: Any, bmm2_scale: Any, batch_size: int, cum_seq_lens_q: Tensor, cum_seq_lens_kv: Tensor,
+    window_left: int = -1, kv_layout: str = "HND", sinks: Tensor | None = None, causal: bool = True,
+    return_lse: bool = False,
+) -> Any:  # fmt: skip
+    _zeroed(workspace_buffer)
+    assert cum_seq_lens_kv.diff().tolist() == seq_lens.tolist(), "cumulative keys are counted in tokens"
+    assert kv_layout == "HND"
+    scale, v_scale = _scaled(query, bmm1_scale, bmm2_scale)
+    q_lens = cum_seq_lens_q.diff().tolist()
+    assert len(q_lens) == batch_size
+    assert max(q_lens) <= max_q_len
+    assert int(seq_lens.max()) <= max_kv_len
+    out, lse = _by_table(
+        query, kv_cache, block_tables, q_lens, seq_lens, Masks(causal, window_left, 0.0, scale), sinks, kv_layout
+    )
+    return (out * v_scale, lse) if return_lse else out * v_scale
+
+
+def trtllm_batch_decode_with_kv_cache(
+    query: Tensor, kv_cache: Any, workspace_buffer: Tensor, block_tables: Tensor, seq_lens: Tensor, max_seq_len: int,
+    bmm1_scale: Any = 1.0, bmm2_scale: Any = 1.0, window_left: int = -1, sinks: Tensor | None = None,
+    kv_layout: str = "HND", backend: str = "auto", q_len_per_req: int | None = 1, max_q_len: int | None = None,
+    cum_seq_lens_q: Tensor | None = None, return_lse: bool = False,
+) -> Any:  # fmt: skip
+    assert backend == "trtllm-gen"
+    assert q_len_per_req is None
+    assert cum_seq_lens_q is not None
+    assert max_q_len is not None
+    return trtllm_batch_context_with_kv_cache(
+        query, kv_cache, workspace_buffer, block_tables, seq_lens, max_q_len, max_seq_len, bmm1_scale, bmm2_scale,
+        len(seq_lens), cum_seq_lens_q, torch.cat([seq_lens.new_zeros(1), seq_lens.cumsum(0)]), window_left, kv_layout,
+        sinks, True, return_lse,
+    )  # fmt: skip
+
+
+def xqa_batch_decode_with_kv_cache(
+    query: Tensor, kv_cache: Any, workspace_buffer: Tensor, block_tables: Tensor, seq_lens: Tensor, max_seq_len: int,
+    bmm1_scale: Any = 1.0, bmm2_scale: Any = 1.0, window_left: int = -1, sinks: Tensor | None = None,
+    kv_layout: str = "NHD", q_len_per_req: int | None = 1,
+) -> Tensor:  # fmt: skip
+    _zeroed(workspace_buffer)
+    assert q_len_per_req == 1
+    assert kv_cache[0].shape[1 if kv_layout == "NHD" else 2] in (16, 32, 64, 128)
+    assert query.shape[-1] % 16 == 0
+    scale, v_scale = _scaled(query, bmm1_scale, bmm2_scale)
+    masks = Masks(False, window_left, 0.0, scale)
+    out, _ = _by_table(query, kv_cache, block_tables, [1] * len(query), seq_lens, masks, sinks, kv_layout)
+    return out * v_scale
+
+
+def cudnn_batch_decode_with_kv_cache(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, workspace_buffer: Tensor, *, max_sequence_kv: int,
+    actual_seq_lens_kv: Tensor | None = None, block_tables: Tensor | None = None, return_lse: bool = False,
+    q_len_per_req: int = 1, window_left: int = -1,
+) -> Any:  # fmt: skip
+    assert actual_seq_lens_kv is not None
+    assert actual_seq_lens_kv.shape[1:] == (1, 1, 1)
+    assert block_tables is not None
+    kv_lens = actual_seq_lens_kv.flatten()
+    assert int(kv_lens.max()) <= max_sequence_kv
+    q_lens = [q_len_per_req] * len(kv_lens)
+    masks = Masks(True, window_left, 0.0, scale)
+    out, lse = _by_table(q, (k_cache, v_cache), block_tables, q_lens, kv_lens, masks, None, "HND")
+    return (out, lse) if return_lse else out
+
+
+def trtllm_fmha_v2_prefill(
+    qkv: Any, input_layout: str, workspace_buffer: Tensor, seq_lens: Tensor, max_q_len: int, max_kv_len: int,
+    bmm1_scale: float, bmm2_scale: float, batch_size: int, cum_seq_lens_q: Tensor, cum_seq_lens_kv: Tensor,
+    sinks: Tensor | None = None, mask_mode: str = "causal",
+) -> Tensor:  # fmt: skip
+    _zeroed(workspace_buffer)
+    assert input_layout == "SEPARATE_Q_K_V"
+    assert all(x.is_contiguous() for x in qkv), "tensors are read by their shapes"
+    q_lens, kv_lens = (x.diff().tolist() for x in (cum_seq_lens_q, cum_seq_lens_kv))
+    assert kv_lens == seq_lens.tolist()
+    assert max(q_lens) <= max_q_len
+    assert max(kv_lens) <= max_kv_len
+    assert batch_size == len(q_lens)
+    q, k, v = qkv
+    masks = Masks({"causal": True, "padding": False}[mask_mode], -1, 0.0, float(bmm1_scale))
+    rows = zip(q.split(q_lens), k.split(kv_lens), v.split(kv_lens), strict=True)
+    outs = []
+    for row in rows:
+        out, lse = attention(*row, masks, sinks)
+        out[lse == -math.inf] = 7.0  # what a kernel leaves there is anybody's guess
+        outs.append(out)
+    return torch.cat(outs) * bmm2_scale
+
+
+def rmsnorm(input: Tensor, weight: Tensor, eps: float = 1e-6, out: Tensor | None = None) -> Tensor:  # noqa: A002
+    return _norm(input, weight, eps, out, 0.0)
+
+
+def gemma_rmsnorm(input: Tensor, weight: Tensor, eps: float = 1e-6, out: Tensor | None = None) -> Tensor:  # noqa: A002
+    return _norm(input, weight, eps, out, 1.0)
+
+
+def _norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None, offset: float) -> Tensor:
+    out = torch.empty_like(x) if out is None else out
+    assert x.dim() == out.dim()
+    assert x.dim() in (2, 3)
+    assert x.dtype == weight.dtype
+    wide = x.float()
+    return out.copy_(wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * (weight.float() + offset))
+
+
+def silu_and_mul(input: Tensor, out: Tensor = None) -> Tensor:  # type: ignore[assignment]  # noqa: A002
+    return _gate(input, out, functional.silu)
+
+
+def gelu_and_mul(input: Tensor, out: Tensor = None) -> Tensor:  # type: ignore[assignment]  # noqa: A002
+    return _gate(input, out, functional.gelu)
+
+
+def gelu_tanh_and_mul(input: Tensor, out: Tensor = None) -> Tensor:  # type: ignore[assignment]  # noqa: A002
+    return _gate(input, out, lambda x: functional.gelu(x, approximate="tanh"))
+
+
+def _gate(x: Tensor, out: Tensor, activation: Any) -> Tensor:
+    """Rows are found by their number: a view would be misread."""
+    assert x.is_contiguous()
+    assert out.is_contiguous()
+    assert x.shape[-1] % 16 == 0
+    gate, up = x.float().chunk(2, -1)
+    return out.copy_(activation(gate) * up)
+
+
+FUNCTIONS = (
+    trtllm_batch_context_with_kv_cache,
+    trtllm_batch_decode_with_kv_cache,
+    trtllm_fmha_v2_prefill,
+    xqa_batch_decode_with_kv_cache,
+    cudnn_batch_decode_with_kv_cache,
+    rmsnorm,
+    gemma_rmsnorm,
+    silu_and_mul,
+    gelu_and_mul,
+    gelu_tanh_and_mul,
+)

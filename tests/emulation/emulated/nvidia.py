@@ -1,0 +1,61 @@
+"""NVIDIA's libraries by the name of their kernels: which distribution, which emulation, which of our modules."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import hal
+from emulated import flash_attn_2, flash_attn_3, library, operators, signatures, torch_attention
+from emulated.library import Installed
+
+__all__ = ["LIBRARIES", "OPERATORS", "Emulated", "running"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Emulated:
+    """One library: the distributions that carry it, its emulated functions, our adapter, and what else it brings."""
+
+    distributions: tuple[str, ...]
+    functions: Mapping[str, Callable[..., Any]]
+    adapter: str
+    modules: tuple[str, ...] = ()
+
+    def versions(self) -> list[tuple[str, str]]:
+        """(distribution, version) of every kept one."""
+        return [(d, v) for d in self.distributions for v in signatures.versions(d)]
+
+
+LIBRARIES = {
+    "fa2": Emulated(("flash-attn",), flash_attn_2.FUNCTIONS, "hal_nvidia._flash_attn_2", ("flash_attn_2_cuda",)),
+    "fa3": Emulated(("flash-attn-3", "tokenspeed-fa3"), flash_attn_3.FUNCTIONS, "hal_nvidia._flash_attn_3"),
+}
+OPERATORS = {
+    "sdpa_flash": torch_attention.FLASH,
+    "sdpa_efficient": torch_attention.EFFICIENT,
+    "sdpa_cudnn": torch_attention.CUDNN,
+}
+
+
+@contextlib.contextmanager
+def running(name: str, distribution: str = "", version: str = "") -> Iterator[Installed | None]:
+    """A library emulated and simulated as installed, in the newest kept version unless told otherwise.
+
+    Gives its record of calls; None for torch's own operators.
+    """
+    if name in OPERATORS:
+        with operators.emulated_operators(OPERATORS[name]), hal.simulate(libraries={"torch": "2.13.0"}):
+            yield None
+        return
+    emulated = LIBRARIES[name]
+    distribution = distribution or emulated.distributions[0]
+    version = version or signatures.versions(distribution)[-1]
+    with (
+        hal.simulate(libraries={"torch": "2.13.0", distribution: version}),
+        library.installed(
+            distribution, version, emulated.functions, adapters=[emulated.adapter], modules=emulated.modules
+        ) as held,
+    ):
+        yield held

@@ -1,0 +1,194 @@
+"""On NVIDIA hardware: every attention kernel of an installed library at the corners of its declaration, and the habits
+of the libraries that their emulations stand for."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import hal
+from hal import testing
+from hal.testing._verify import circumstances, refusals
+from hal_ops.attention import AttentionRequest
+from hal_ops.attention.cases import make_case
+
+pytestmark = pytest.mark.gpu
+
+LIBRARIES = ("sdpa_flash", "sdpa_efficient", "sdpa_cudnn", "fa2", "fa3")
+KERNELS = [
+    f"{library}.{phase}"
+    for library in LIBRARIES
+    for phase in (("prefill",) if library.startswith("sdpa") else ("prefill", "extend", "decode"))
+]
+FORMATS = ("bfloat16", "float16")
+
+
+@pytest.fixture(scope="module")
+def device() -> hal.Device:
+    found = hal.devices("nvidia") if "nvidia" in {d.platform for d in hal.devices()} else ()
+    if not found:
+        pytest.skip("no NVIDIA device")
+    return found[0]
+
+
+def requests(name: str, device: hal.Device) -> Iterator[AttentionRequest]:
+    """The corners of a kernel, each in both 16-bit formats, as far as the kernel serves them here."""
+    kernel = hal._plugins.registry().kernels[name]
+    around = circumstances(device)
+    found: dict[AttentionRequest, None] = {}
+    for request in testing.corners(name, device=device):
+        assert isinstance(request, AttentionRequest)
+        for dtype in dict.fromkeys((request.dtype, *FORMATS)):
+            fp8 = request.kv_dtype.startswith("float8")
+            found.setdefault(request.replace(dtype=dtype, **({} if fp8 else {"kv_dtype": dtype})))
+    yield from (r for r in found if not refusals(kernel, r, around))
+
+
+def skip_unless_here(name: str, device: hal.Device) -> None:
+    kernel = hal._plugins.registry().kernels[name]
+    first = testing.corners(name, limit=1)[0]
+    why = [r for r in refusals(kernel, first, circumstances(device)) if r.field in ("library", "device", "runtime")]
+    if why:
+        pytest.skip("; ".join(map(str, why)))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_kernel_is_right_at_the_corners_of_its_declaration(name: str, device: hal.Device) -> None:
+    # requirement A5, B13, D1, D4, D5, D14, D15, P23, P24, C7, E8
+    skip_unless_here(name, device)
+    results = [testing.check(name, request, device=device) for request in requests(name, device)]
+    assert len(results) > 10
+    failed = [str(result) for result in results if not result.ok]
+    assert not failed, f"{len(failed)} of {len(results)} corners:\n" + "\n".join(failed)
+
+
+@pytest.mark.parametrize("name", ["fa2.extend", "fa2.decode", "fa3.extend", "fa3.decode"])
+def test_pages_of_every_size_hide_what_no_length_covers(name: str, device: hal.Device) -> None:
+    # requirement D1, D2, D6, D15
+    skip_unless_here(name, device)
+    sizes = (256, 512) if name.startswith("fa2") else (1, 7, 16, 32, 64)
+    failed = []
+    for size, causal, heads in itertools.product(sizes, (True, False), ((14, 2, 64), (16, 1, 128), (4, 4, 256))):
+        q_heads, kv_heads, dim = heads
+        request = AttentionRequest(
+            num_q_heads=q_heads, num_kv_heads=kv_heads, head_dim=dim, dtype="float16", page_size=size,
+            kv_layout="NHD", causal=causal, phases=name.rpartition(".")[2],
+        )  # fmt: skip
+        result = testing.check(name, request, device=device)
+        failed += [] if result.ok else [str(result)]
+    assert not failed, "\n".join(failed)
+
+
+def test_long_queries_over_small_pages(device: hal.Device) -> None:  # requirement D15, D7
+    """More queries than a tile holds: the launch where flash-attention 3 would read larger pages whole."""
+    skip_unless_here("fa3.extend", device)
+    for dim, size, causal in itertools.product((64, 128, 192, 256), (16, 64), (True, False)):
+        request = AttentionRequest(
+            num_q_heads=8, num_kv_heads=2, head_dim=dim, dtype="bfloat16", page_size=size, kv_layout="NHD",
+            causal=causal, phases="extend",
+        )  # fmt: skip
+        handle = hal.get_attention(**_arguments(request), device=device, kernel="fa3")
+        case = make_case(request, "extend", device="cuda", lengths=((200, 333), (1, 65), (300, 300)))
+        for comparison in case.check(handle.implementation("extend")):
+            assert comparison.ok, f"{dim} {size} {causal}: {comparison}"
+
+
+def _arguments(request: AttentionRequest) -> dict[str, Any]:
+    names = ("num_q_heads", "num_kv_heads", "head_dim", "dtype", "page_size", "kv_layout", "causal", "phases", "graph")
+    return {name: getattr(request, name) for name in names}
+
+
+def test_two_libraries_and_two_streams_in_turns(device: hal.Device) -> None:  # requirement C3, P34, P36, A5
+    """Each layer of one library, then of the other, on streams of their own: nothing is shared."""
+    skip_unless_here("fa3.prefill", device)
+    base: dict[str, Any] = {"num_q_heads": 8, "num_kv_heads": 2, "head_dim": 128, "phases": "prefill", "device": device}
+    handles = [hal.get_attention(**base, kernel=name) for name in ("fa3", "sdpa_flash", "sdpa_cudnn")]
+    streams = [torch.cuda.Stream() for _ in handles]
+    torch.manual_seed(0)
+    inputs = [[torch.randn(2, 300 + 64 * i, h, 128, device="cuda").bfloat16() for h in (8, 2, 2)] for i in range(3)]
+    alone = [handle(*three) for handle, three in zip(handles, inputs, strict=True)]
+    torch.cuda.synchronize()
+    outs: list[tuple[int, Any]] = []
+    for _ in range(20):
+        for index, (handle, stream) in enumerate(zip(handles, streams, strict=True)):
+            with torch.cuda.stream(stream):
+                outs.append((index, handle(*inputs[index])))
+    torch.cuda.synchronize()
+    assert all(torch.equal(out, alone[index]) for index, out in outs)
+
+
+def test_a_captured_decode_serves_smaller_batches(device: hal.Device) -> None:
+    # requirement E12, E3, E4, P37, A3
+    skip_unless_here("fa3.decode", device)
+    handle = hal.get_attention(
+        num_q_heads=14, num_kv_heads=2, head_dim=64, dtype="float16", page_size=16, graph=True, device=device,
+        kernel={"decode": "fa3", "extend": "fa3", "prefill": "fa3"},
+    )  # fmt: skip
+    plain = hal.get_attention(
+        num_q_heads=14, num_kv_heads=2, head_dim=64, dtype="float32", page_size=16, device="cpu", kernel="reference"
+    )
+    torch.manual_seed(0)
+    cache, host = handle.allocate_kv_cache(64), plain.allocate_kv_cache(64)
+    for mine, other in ((cache.k, host.k), (cache.v, host.v)):
+        mine.copy_(torch.randn(mine.shape).half())
+        other.copy_(mine.float().cpu())
+    table = torch.randperm(64)[:48].int().view(6, 8)
+    q = torch.randn(6, 14, 64, device="cuda").half()
+    plan = handle.plan(q_lens=[1] * 6, kv_lens=[128] * 6, block_table=table, max_batch=6, max_pages=8)
+    metadata = plan._payload.metadata
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        handle(q, cache=cache, plan=plan)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = handle(q, cache=cache, plan=plan)
+    for kv_lens in ([128] * 6, [5, 17, 33, 1, 16, 100], [9, 128], [1]):
+        rows = len(kv_lens)
+        plan.update(q_lens=[1] * rows, kv_lens=kv_lens, block_table=table[:rows])
+        assert plan._payload.metadata.data_ptr() == metadata.data_ptr()
+        graph.replay()
+        torch.cuda.synchronize()
+        right = plain(q[:rows].float().cpu(), cache=host, plan=plain.plan(
+            q_lens=[1] * rows, kv_lens=kv_lens, block_table=table[:rows]))  # fmt: skip
+        assert (out[:rows].float().cpu() - right).abs().max() < 0.01
+
+
+def test_the_plan_of_flash_attention_3_changes_nothing(device: hal.Device) -> None:  # requirement A6
+    skip_unless_here("fa3.decode", device)
+    import flash_attn_interface
+
+    request = AttentionRequest(
+        num_q_heads=8, num_kv_heads=2, head_dim=128, page_size=16, kv_layout="NHD", phases=("extend", "decode"),
+        return_lse=True,
+    )  # fmt: skip
+    for phase in ("extend", "decode"):
+        case = make_case(request, phase, device="cuda")
+        step = case.args[3]
+        handle = hal.get_attention(
+            num_q_heads=8, num_kv_heads=2, head_dim=128, page_size=16, kv_layout="NHD", return_lse=True,
+            phases=("extend", "decode"), device=device, kernel="fa3",
+        )  # fmt: skip
+        planned = case.call(handle.implementation(phase))
+        out, lse, *_ = flash_attn_interface.flash_attn_with_kvcache(
+            *case.args[:3], cache_seqlens=step.kv_lens, page_table=step.block_table, cu_seqlens_q=step.cu_seqlens_q,
+            max_seqlen_q=step.max_q_len, softmax_scale=request.softmax_scale, causal=True, return_softmax_lse=True,
+        )  # fmt: skip
+        torch.testing.assert_close(planned["out"], out)
+        torch.testing.assert_close(planned["lse"], lse.t())
+
+
+@pytest.mark.parametrize("name", ["fa3.prefill", "sdpa_flash.prefill", "sdpa_efficient.prefill", "sdpa_cudnn.prefill"])
+def test_explained_kernels_are_the_ones_that_run(name: str, device: hal.Device) -> None:  # requirement P25, X1
+    skip_unless_here(name, device)
+    heads = 4 if name.startswith("sdpa_efficient") else 2
+    handle = hal.get_attention(
+        num_q_heads=4, num_kv_heads=heads, head_dim=64, phases="prefill", device=device, kernel=name
+    )
+    assert handle.kernels() == {"prefill": name}
+    q, k, v = (torch.randn(1, 9, h, 64, device="cuda").bfloat16() for h in (4, heads, heads))
+    assert handle(q, k, v).shape == q.shape

@@ -1,0 +1,137 @@
+"""Variants of the prefill and extend kernels: every configuration of every arch, in the formats that models use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from hal_triton_tests_aot import TARGETS, Variant, resolve
+
+from hal_ops.attention import AttentionRequest
+from hal_ops.attention._triton_configs import (
+    DEFAULT,
+    HOPPER_EXTEND,
+    HOPPER_PREFILL,
+    TABLE,
+    WIDE,
+    Config,
+    Hopper,
+)
+from hal_ops.attention._triton_features import Features, cut, pack_heads
+
+PREFILL = "hal_ops.attention.triton_prefill:prefill_kernel"
+EXTEND = "hal_ops.attention.triton_extend:extend_kernel"
+HOPPER_KERNELS = {
+    "prefill": "hal_ops.attention.triton_hopper:hopper_prefill",
+    "extend": "hal_ops.attention.triton_hopper:hopper_extend",
+}
+TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float8_e5m2": "fp8e5", "float8_e4m3fn": "fp8e4nv"}
+
+
+def variants() -> Iterator[Variant]:
+    for arch in TARGETS:
+        for config in TABLE.get(arch, DEFAULT):
+            yield from _portable(config, (config.dim, config.dim), "bfloat16", arch)
+            yield _extend(config, (config.dim, config.dim), "bfloat16", arch, kv_dtype="float8_e5m2")
+        for config in WIDE:
+            yield from _portable(config, (config.dim, config.dim), "float32", arch)
+    for config in HOPPER_PREFILL:
+        yield _hopper("prefill", config, "bfloat16", 16)
+        yield _hopper("prefill", config, "float16", 16, window=1024, softcap=30.0, sinks=True)
+    for config in HOPPER_EXTEND:
+        yield _hopper("extend", config, "bfloat16", 16)
+        yield _hopper("extend", config, "bfloat16", config.block_n)
+
+
+def _portable(config: Config, dims: tuple[int, int], dtype: str, arch: str) -> Iterator[Variant]:
+    yield _prefill(config, dims, dtype, arch)
+    yield _prefill(config, dims, dtype, arch, window=1024, softcap=30.0, sinks=True)
+    yield _extend(config, dims, dtype, arch)
+
+
+def _request(dims: tuple[int, int], dtype: str, **fields: Any) -> AttentionRequest:
+    return AttentionRequest(
+        num_q_heads=32, num_kv_heads=8, head_dim=dims[0], v_head_dim=dims[1], dtype=dtype, page_size=16, **fields
+    )
+
+
+def _prefill(config: Config, dims: tuple[int, int], dtype: str, arch: str, **fields: Any) -> Variant:
+    request = _request(dims, dtype, **fields)
+    return _variant(
+        PREFILL, _label(request, arch, config), config, request, {"RAGGED": True, "UNIT": 16, "LSE": True}, (arch,)
+    )
+
+
+def _extend(config: Config, dims: tuple[int, int], dtype: str, arch: str, **fields: Any) -> Variant:
+    request = _request(dims, dtype, **fields)
+    scales = 0 if request.kv_dtype == dtype else 1
+    constants = {"PAGE_SIZE": 16, "LSE": False, "K_SCALES": scales, "V_SCALES": scales}
+    return _variant(EXTEND, _label(request, arch, config), config, request, constants, (arch,))
+
+
+def _hopper(phase: str, config: Hopper, dtype: str, page_size: int, **fields: Any) -> Variant:
+    request = _request((config.dim, config.v_dim), dtype, **fields)
+    tma = phase == "prefill" or page_size % config.block_n == 0
+    constants = {"RAGGED": True, "UNIT": 16, "PAGE_SIZE": page_size, "TMA": tma, "LSE": phase == "prefill"}
+    label = f"{_label(request, 'sm_90', config)}{f', page {page_size}' * (phase == 'extend')}"
+    return _variant(HOPPER_KERNELS[phase], label, config, request, constants, ("sm_90",))
+
+
+def _label(request: AttentionRequest, arch: str, config: Config | Hopper) -> str:
+    special = ", window, softcap, sinks" * bool(request.softcap)
+    cache = f", KV {request.kv_dtype}" * (request.kv_dtype != request.dtype)
+    return f"{request.head_dim}/{request.v_head_dim} {request.dtype}{cache}{special}, {config}, {arch}"
+
+
+def _variant(
+    kernel: str, label: str, config: Config | Hopper, request: AttentionRequest, constants: dict[str, Any],
+    targets: tuple[str, ...],
+) -> Variant:  # fmt: skip
+    names = resolve(kernel).arg_names
+    known = {**Features.of(request).constants, **constants, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+    known["PACK"] = pack_heads(request.group_size, config.block_m)
+    if isinstance(config, Hopper):
+        known.update(PARTS=config.parts, COPY_REGISTERS=config.registers)
+        options = {"num_warps": 4, "maxnreg": 65536 // (128 * (config.parts + 1)) // 8 * 8}
+    else:
+        options = {"num_warps": config.warps, "num_stages": config.stages}
+    absent = {
+        "sinks": request.sinks,
+        "slopes": False,
+        "k_scale": known.get("K_SCALES"),
+        "v_scale": known.get("V_SCALES"),
+    }
+    known.update(dict.fromkeys(name for name, present in absent.items() if not present))
+    signature = {n: t for n in names if n not in known and (t := _type(n, config, request, constants))}
+    aligned = tuple(
+        n for n in signature if n in ("q", "k", "v", "out") or (n.endswith("stride") and n != "table_stride")
+    )
+    return Variant(kernel, label, signature, {n: known[n] for n in names if n in known}, aligned, options, targets)
+
+
+def _type(name: str, config: Config | Hopper, request: AttentionRequest, constants: dict[str, Any]) -> str:
+    if "_box" in name:
+        return _box(name, config, request, constants["TMA"])
+    if name in ("q", "out"):
+        return f"*{TYPES[request.dtype]}"
+    if name in ("k", "v"):
+        return f"*{TYPES[request.kv_dtype if 'PAGE_SIZE' in constants else request.dtype]}"
+    if name in ("lse", "sinks", "slopes", "k_scale", "v_scale"):
+        return "*fp32" if name != "lse" or constants["LSE"] else f"*{TYPES[request.dtype]}"
+    if name in ("cu_q", "cu_k", "kv_lens", "table", "tiles"):
+        return "*i32"
+    return "fp32" if name in ("scale", "cap") else "i32"
+
+
+def _box(name: str, config: Config | Hopper, request: AttentionRequest, tma: bool) -> str:
+    """A box of the copy engine, or a pointer where there is none."""
+    width = cut(request.head_dim if name[0] == "k" else request.v_head_dim)[name.endswith("rest")]
+    element = TYPES[request.dtype]
+    if not tma or not width:
+        return f"*{element}"
+    from triton import language as tl
+    from triton.experimental.gluon.language import NVMMASharedLayout
+
+    block = [config.block_n, width]
+    layout = NVMMASharedLayout.get_default_for(block, {"bf16": tl.bfloat16, "fp16": tl.float16}[element])
+    return f"tensordesc<{element}{block},{layout!r}>"
