@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import os
 import sys
 import types
@@ -27,7 +28,11 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.
     base = tmp_path_factory.mktemp("hal", numbered=True)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(base))
     monkeypatch.setenv("XDG_CACHE_HOME", str(base))
+    log = logging.getLogger("hal")
+    level, handlers = log.level, list(log.handlers)
     yield
+    log.setLevel(level)
+    log.handlers[:] = handlers
     _selection.broken.clear()
 
 
