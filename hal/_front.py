@@ -182,7 +182,14 @@ class BoundOp:
         return f"<hal.BoundOp {self.selection.op.name} on {self.device.id}: {self.selection.kernels()['call']}>"
 
 
-def get_op(name: str, *, device: Any = None, kernel: Any = None, compile: bool = False, **fields: Any) -> BoundOp:  # noqa: A002
+def get_op(
+    name: str,
+    *,
+    device: Any = None,
+    kernel: Any = None,
+    compile: bool = False,  # noqa: A002 - torch's word for it
+    **fields: Any,
+) -> BoundOp:
     """An op other than attention, bound the same way: ``hal.get_op("rms_norm", hidden_size=4096)``.
 
     ``fields`` are those of the op's request (``hal kernels`` and the docs list them). With ``compile=True`` the call is

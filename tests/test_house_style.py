@@ -78,13 +78,9 @@ def runs_on_a_device(function: Function) -> bool:
     return any(dotted(d) in ("triton.jit", "triton.autotune", "triton.heuristics", "gluon.jit") for d in decorators)
 
 
-UNREGISTERED = {"platforms/nvidia/hal_nvidia/_sdpa_cudnn.py"}
-"""Adapters that no platform registers yet; they are cut up before one does."""
-
-
 def long_functions(source: Source) -> Iterator[str]:
     for function in source.all(ast.FunctionDef, ast.AsyncFunctionDef):
-        if code_lines(function) > 60 and not runs_on_a_device(function) and source.name not in UNREGISTERED:
+        if code_lines(function) > 60 and not runs_on_a_device(function):
             yield source.at(function, f"{function.name}: {code_lines(function)} lines; at most 60")
 
 

@@ -76,7 +76,9 @@ def request_id(request: Request) -> str:
         plain = type(request)(**bare)
     except ValueError:
         plain = request
-    names = [f for f in request.rules() if f in bare or getattr(request, f) != getattr(plain, f)]
+    permissions = [n for n in request.derived if n in request.__dataclass_fields__]
+    fields = (*request.rules(), *permissions)
+    names = [f for f in fields if f in bare or getattr(request, f) != getattr(plain, f)]
     return ",".join(f"{name}={_short(getattr(request, name))}" for name in names)
 
 

@@ -16,7 +16,7 @@ from hal_ops.compare import Comparison, compare
 __all__ = ["FORMS", "RowCase", "draw", "variants", "views"]
 
 FORMS = ("plain", "strided", "out", "inplace")
-"""Contiguous inputs; slices of larger tensors, with three dims or more; an ``out`` that is a slice; ``out`` is an input."""
+"""Contiguous inputs; slices of larger tensors, of three dims or more; ``out`` is a slice; ``out`` is an input."""
 
 _PAD = 8
 TOKENS = (3, 6)

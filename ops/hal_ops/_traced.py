@@ -14,8 +14,8 @@ class Traced:
     Fields:
         arguments: the call's arguments in order, as in ``"Tensor x, Tensor(a!) residual, Tensor? bias=None"``: those
             with a ``!`` are changed. ``out`` is not among them.
-        outputs: target of a factory ``request -> fn``, where ``fn`` takes the same arguments and returns empty outputs of
-            the right shapes, dtypes and strides: a Tensor, or a tuple where ``results`` is above 1.
+        outputs: target of a factory ``request -> fn``, where ``fn`` takes the same arguments and returns empty outputs
+            of the right shapes, dtypes and strides: a Tensor, or a tuple where ``results`` is above 1.
         results: how many tensors the call returns, and ``out=`` takes.
     """
 

@@ -1,4 +1,4 @@
-"""Emulations compute many small things: one thread is several times as fast as all of them, and leaves the others free."""
+"""Emulations compute many small things: one thread is several times as fast as many, and leaves others their own."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import hal
 from hal import _plugins
 from hal.testing import decision_matrix
+from hal_musa import MusaPlatform
 
 VENDORS = ("musa", "nvidia", "rocm")
 LIBRARIES = {
@@ -84,3 +86,19 @@ def test_a_vendor_alone_decides_for_its_devices_as_it_does_among_others(vendor: 
         with hal.override(plugins=[f"-{other}" for other in VENDORS if other != vendor]):
             alone = decision_matrix(mine, request)
     assert alone == among
+
+
+def test_a_row_that_depends_on_another_vendor_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = MusaPlatform.kernels
+
+    def for_everybody(self: MusaPlatform) -> list[hal.Kernel]:
+        return [dataclasses.replace(k, platforms={}, needs=(), runtime="", check=None) for k in kept(self)]
+
+    monkeypatch.setattr(MusaPlatform, "kernels", for_everybody)
+    _plugins.forget()
+    try:
+        with pytest.raises(AssertionError, match=r"mate\.prefill"):
+            test_removing_a_vendor_changes_no_row_of_another("musa")
+    finally:
+        monkeypatch.undo()
+        _plugins.forget()

@@ -24,7 +24,7 @@ def test_the_formula(name: str, weight: bool, bias: bool) -> None:
     request = LayerNormRequest(hidden_size=9, dtype="float32", weight=weight, bias=bias, eps=1e-3)
     x, affine = torch.randn(4, 9), [torch.randn(9) for _ in range(weight + bias)]
     found = IMPLEMENTATIONS[name](request, "cpu")(x, *affine)
-    scale, shift = ([*affine, torch.ones(9)])[0].tolist(), affine[1].tolist() if bias else [0.0] * 9
+    scale, shift = [*affine, torch.ones(9)][0].tolist(), affine[1].tolist() if bias else [0.0] * 9
     for row, mine in zip(x.tolist(), found.tolist(), strict=True):
         mean = sum(row) / 9
         root = math.sqrt(sum((v - mean) ** 2 for v in row) / 9 + 1e-3)

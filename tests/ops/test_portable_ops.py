@@ -1,4 +1,4 @@
-"""The declared kernels of the ops beside attention: each does what its declaration says, and no field goes unanswered."""
+"""The declared kernels of the ops beside attention: each does what it declares, and no field goes unanswered."""
 
 from __future__ import annotations
 

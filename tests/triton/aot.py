@@ -39,7 +39,7 @@ class Target:
     warp_size: int
     shared: int
     formats: frozenset[str]
-    """FP8 formats that the platforms say Triton converts there (``triton_fp8_...`` of ``hal_nvidia`` and ``hal_rocm``)."""
+    """FP8 formats that the platforms declare as ``triton_fp8_...``, by the names that Triton gives them."""
 
 
 def _cuda(number: int, shared: int) -> Target:

@@ -120,7 +120,7 @@ def test_exactly_the_keys_of_the_mask_are_seen(fields: dict[str, Any], device: s
 def many_splits(request: AttentionRequest, device: str, slots: int = 40) -> Any:
     """An implementation that cuts rows in pieces of one block."""
     impl: Any = decode(request, device)
-    impl.cut = dataclasses.replace(impl.cut, slots=slots * impl.cut.programs)
+    impl.cut = dataclasses.replace(impl.cut, target=slots * impl.cut.programs, slots=1 << 20)
     return impl
 
 
@@ -298,6 +298,22 @@ def test_strides_may_change_from_call_to_call(device: str) -> None:
         (q, k, wide[..., :64]),
     ) * 2:
         torch.testing.assert_close(impl(*tensors, step, payload), right, atol=2e-3, rtol=2e-3)
+
+
+def test_block_tables_may_become_wider_and_move(device: str) -> None:
+    """A width of one, and of a multiple of sixteen, are numbers that Triton compiles kernels of their own for."""
+    request = request_of(page_size=1)
+    k, v = a_cache(request_of(), 8, device)
+    k, v = (x.reshape(128, 1, 2, 64) for x in (k, v))
+    impl: Any = decode(request, device)
+    q = torch.randn(2, 4, 64, device=device).half()
+    for width in (1, 16, 17, 33):
+        wide = torch.randperm(128)[: 2 * width].int().to(device)
+        for table in (wide.view(2, width), torch.cat([wide[:1], wide])[1:].view(2, width)):
+            step = make_step([1, 1], [width, 1], table.cpu(), 1, device)
+            step.block_table = table
+            out = impl(q, k, v, step, impl.plan(step))
+            torch.testing.assert_close(out, reference(request, device)(q, k, v, step, None), atol=2e-3, rtol=2e-3)
 
 
 def test_nothing_to_do(device: str) -> None:

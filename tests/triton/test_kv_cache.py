@@ -61,6 +61,19 @@ def test_views_of_a_fused_projection_are_written(device: str) -> None:
         assert torch.equal(found, right)
 
 
+def test_slots_past_the_tokens_are_left_alone(device: str) -> None:  # requirement E12
+    """A plan of maximum size has more slots than a smaller step has tokens."""
+    request = KvCacheWriteRequest(num_kv_heads=2, head_dim=32, dtype="float32")
+    tokens = torch.randn(3, 2, 2, 32, device=device)
+    caches = [torch.zeros(2, 16, 2, 32, device=device) for _ in "kv"]
+    slots = torch.tensor([5, 0, 31, -1, -1, -1, 7]).to(device)
+    write(request, device)(tokens[:, 0], tokens[:, 1], *caches, slots)
+    for cache, values in zip(caches, tokens.unbind(1), strict=True):
+        flat = cache.flatten(0, 1)
+        assert torch.equal(flat[slots[:3]], values)
+        assert int(flat.ne(0).any(-1).any(-1).sum()) == 3
+
+
 def test_a_cast_that_is_not_done_is_refused() -> None:
     request = KvCacheWriteRequest(num_kv_heads=1, head_dim=32, dtype="float64")
     with pytest.raises(ValueError, match="does not do dtype float64 into float64"):

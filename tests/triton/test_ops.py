@@ -18,6 +18,7 @@ from hal.testing import check, corners
 from hal_ops import Op, resolve_target
 from hal_ops._triton_gate import CONFIGS as GATE_CONFIGS
 from hal_ops._triton_norm import CONFIGS as NORM_CONFIGS
+from hal_ops._triton_norm import RMS_CONFIGS, NormConfig, NormRows
 from hal_ops.fp8_quantize import Fp8QuantizeRequest
 from hal_ops.fp8_quantize.cases import make_case as make_fp8_case
 from hal_ops.fp8_quantize.triton_quantize import FORMATS, fp8_quantize
@@ -76,8 +77,8 @@ def test_kernels_do_what_they_declare_on_the_device(request_: Any) -> None:  # r
     assert result.ok, str(result)
 
 
-LENGTHS = [(min(c.longest, 16384), form) for c in NORM_CONFIGS for form in ("plain", "strided")]
-LENGTHS += [(c.longest - 3 if c.longest < 16384 else 20000, "plain") for c in NORM_CONFIGS]
+LONGEST = sorted({min(c.longest, 20000) for c in (*NORM_CONFIGS, *RMS_CONFIGS)})
+LENGTHS = [(n, form) for n in LONGEST for form in ("plain", "strided")] + [(n - 3, "plain") for n in LONGEST]
 
 
 @pytest.mark.gpu
@@ -92,12 +93,41 @@ def test_every_configuration_of_the_norms(
         assert_right(resolve_target(op.cases or "")(request, device=device, form=form).check(implementation))
 
 
-@pytest.mark.parametrize("form", ["plain", "inplace"])
+STEPS = {"one": NormConfig(700, 1024, 2, 4), "several": NormConfig(700, 256, 1, 4)}
+
+
+@pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("op", OPS[:3], ids=lambda op: op.name)
-def test_rows_of_several_steps(op: Op, form: str, device: str, assert_right: Callable[[Any], None]) -> None:
-    request = op.request(hidden_size=4500, dtype="float16")
+def test_rows_in_one_step_and_in_several(op: Op, steps: str, device: str, assert_right: Callable[[Any], None]) -> None:
+    request = op.request(hidden_size=700, dtype="float16")
+    flags = {"add": op is OPS[1], "center": op is OPS[2], "bias": op is OPS[2]}
+    norm = NormRows(device, 700, request.eps, config=STEPS[steps], **flags)
+
+    def call(x: torch.Tensor, *others: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        out = torch.empty(x.shape, dtype=x.dtype, device=device) if out is None else out
+        residual, weight, bias = (others[0], others[1], None) if op is OPS[1] else (None, *others, None)[:3]
+        norm(x, out, weight, bias, residual)
+        return out
+
+    make = resolve_target(op.cases or "")
+    for keywords in ({}, *make.variants(request, "call")):
+        assert_right(make(request, device=device, **keywords).check(call))
+
+
+@pytest.mark.parametrize("op", OPS[:3], ids=lambda op: op.name)
+def test_rows_of_any_length(op: Op, device: str, assert_right: Callable[[Any], None]) -> None:
+    request = op.request(hidden_size=17000, dtype="float16")
     implementation = resolve_target(KERNELS[op.name].target)(request, device)
-    assert_right(resolve_target(op.cases or "")(request, device=device, form=form, tokens=5).check(implementation))
+    assert_right(resolve_target(op.cases or "")(request, device=device, tokens=3).check(implementation))
+
+
+def test_a_constant_row_has_no_deviation(device: str) -> None:
+    """The mean is divided exactly: off by one bit, a row of 3 would become 1e-4 and not 0."""
+    for hidden in (61, 300, 700, 17000):
+        norm = NormRows(device, hidden, 1e-5, center=True, weight=False)
+        x = torch.full((2, hidden), 3.0, device=device)
+        norm(x, x, None)
+        assert not x.any(), hidden
 
 
 @pytest.mark.gpu

@@ -9,6 +9,7 @@ from hal_triton_tests_aot import Variant
 
 from hal_ops._triton_gate import CONFIGS as GATE_CONFIGS
 from hal_ops._triton_norm import CONFIGS as NORM_CONFIGS
+from hal_ops._triton_norm import RMS_CONFIGS
 from hal_ops.fp8_quantize.triton_quantize import FORMATS
 from hal_ops.rotary_embedding.triton_rotary import CONFIGS as ROTARY_CONFIGS
 
@@ -52,8 +53,8 @@ def _norms() -> Iterator[Variant]:
     numbers = ["rows", *_places("x", "residual", "out")]
     pointers = dict.fromkeys(("x", "residual", "weight", "bias", "out"), "*bf16")
     for kind, flags in kinds.items():
-        for config in NORM_CONFIGS if kind == "rms_norm" else (NORM_CONFIGS[1], *NORM_CONFIGS[-4:]):
-            hidden = min(config.longest, 16384)
+        for config in RMS_CONFIGS if kind == "rms_norm" else (NORM_CONFIGS[1], *NORM_CONFIGS[-4:]):
+            hidden = min(config.longest, 32768)
             constants = {"HIDDEN": hidden, "BLOCK": config.block, "ROWS": config.rows, **flags}
             kernel = NORM if hidden <= config.block else LONG
             yield _variant(

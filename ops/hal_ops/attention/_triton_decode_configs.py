@@ -13,12 +13,16 @@ from __future__ import annotations
 import dataclasses
 from fnmatch import fnmatchcase
 
-__all__ = ["CONFIGS", "Config", "DEFAULT", "config_of", "configs_of"]
+__all__ = ["CONFIGS", "DEFAULT", "Config", "config_of", "configs_of"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One configuration. ``block``: keys at a time. ``fill``: programs a multiprocessor that saturate the memory."""
+    """One configuration.
+
+    ``block``: keys at a time. ``fill``: programs a multiprocessor that keep the memory busy; ``resident``: that it runs
+    at a time.
+    """
 
     rows: int
     dims: int
@@ -26,12 +30,13 @@ class Config:
     block: int
     warps: int
     stages: int
-    fill: int = 2
+    fill: float = 1.5
+    resident: int = 2
 
 
 HOPPER = (
-    Config(16, 128, 2, 64, 2, 3, 4),
-    Config(16, 256, 2, 64, 4, 4, 1),
+    Config(16, 128, 2, 64, 2, 3, 3, 6),
+    Config(16, 256, 2, 64, 4, 3, 1.5, 3),
     Config(16, 512, 2, 32, 4, 3),
     Config(32, 256, 2, 64, 4, 3),
     Config(32, 512, 2, 32, 4, 3),

@@ -150,7 +150,10 @@ def _store(
         tl.store(lse + places, (top + tl.log2(total)) * LN2, mask=valid)
 
 
-@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["sinks", "slopes", "k_scale", "v_scale"])
+@triton.jit(
+    do_not_specialize=["tokens", "table_stride"],
+    do_not_specialize_on_alignment=["table", "sinks", "slopes", "k_scale", "v_scale"],
+)
 def decode_kernel(
     q, k_cache, v_cache, out, lse, work, table, partial_out, partial_lse, counters, sinks, slopes, k_scale, v_scale,
     tokens, scale, cap,

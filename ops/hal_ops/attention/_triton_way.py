@@ -70,7 +70,8 @@ class Way:
             options = {"num_warps": 4, "maxnreg": _REGISTERS // (128 * (config.parts + 1)) // 8 * 8}
         else:
             options = {"num_warps": config.warps, "num_stages": config.stages}
-        self.launch = Launch(kernel, self._constants, gpu.device, **options)
+        # Triton 3.10 no longer contracts multiplications and additions unless told to.
+        self.launch = Launch(kernel, self._constants, gpu.device, enable_fp_fusion=True, **options)
 
     def _constants(self, key: Any) -> Constants:
         known = {**self._known, **self._extra(key[0])}

@@ -107,9 +107,9 @@ class _Decode:
         self.rows = min(rows, self.block_m)
         self.cut = Cut(
             programs=request.num_kv_heads * self.tiles,
-            slots=self.gpu.multiprocessors * self.config.fill,
+            target=int(self.gpu.multiprocessors * self.config.fill),
+            slots=self.gpu.multiprocessors * self.config.resident,
             block=self.config.block,
-            shortest=self.config.block,
             left=masks.sides(request.causal, request.window)[0],
             fixed=request.deterministic,
             tokens=request.max_q_len,

@@ -16,8 +16,8 @@ contiguous, the leading dims of any strides that fold into two. values are in ``
 float32: ``[1]`` for a tensor, ``[..., 1]`` for tokens, ``[..., ceil(hidden_size / block_size)]`` for blocks, with the
 number of blocks in place of the number of rows where ``block_rows`` is above 1.
 
-Without ``out`` both are new and contiguous (with ``static=True`` the scales are a copy). ``out`` is a pair of tensors of
-those shapes; the values' last dim is contiguous, the scales may have any strides.
+Without ``out`` both are new and contiguous (with ``static=True`` the scales are a copy). ``out`` is a pair of tensors
+of those shapes; the values' last dim is contiguous, the scales may have any strides.
 """
 
 from __future__ import annotations

@@ -23,12 +23,12 @@ from torch import Tensor
 from hal_ops._dtypes import torch_dtype
 from hal_ops._gpu import gpu_of
 from hal_ops._launch import Launch
+from hal_ops.rows import Rows, check_input, check_out, fold, refuse_grad
 from hal_ops._triton_rows import aligned, block_size, row_start
 from hal_ops.fp8_quantize.op import Fp8QuantizeRequest
 from hal_ops.fp8_quantize.reference import SMALLEST_SCALE, Pair, check_scale, outputs, scales_shape
-from hal_ops.rows import Rows, check_input, check_out, fold, refuse_grad
 
-__all__ = ["FORMATS", "Fp8Format", "LARGEST", "fp8_quantize", "largest_values", "quantize_groups"]
+__all__ = ["FORMATS", "LARGEST", "Fp8Format", "fp8_quantize", "largest_values", "quantize_groups"]
 
 LARGEST = 16384
 """Most elements of a group that is held in the registers of one program."""
@@ -131,8 +131,8 @@ def quantize_groups(
 ):  # fmt: skip
     """``GROUPS`` groups of ``TALL`` rows by ``WIDE`` elements a program.
 
-    ``ONE_SCALE``: all groups share a scale, ``given``, or what the ``num_parts`` numbers in ``given`` make. Else a group's
-    scale is ``given``, or made here. ``TALL_BLOCK`` and ``BLOCK`` are ``TALL`` and ``WIDE`` rounded up.
+    ``ONE_SCALE``: all groups share a scale, ``given``, or what the ``num_parts`` numbers in ``given`` make. Else a
+    group's scale is ``given``, or made here. ``TALL_BLOCK`` and ``BLOCK`` are ``TALL`` and ``WIDE`` rounded up.
     """
     columns: tl.constexpr = (HIDDEN + WIDE - 1) // WIDE
     group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)[:, None]

@@ -1,7 +1,7 @@
 """The residual sum and its RMS normalisation by torch's operators. Any device; autograd passes through.
 
 What :func:`fused_add_rms_norm` honours: ``dtype`` float64, float32, bfloat16, float16; any hidden size, eps and weight
-offset; a weight in either format; inputs of any strides; deterministic; graph: nothing waits for the device.
+offset; a weight in any of these; inputs of any strides; deterministic; graph: nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from collections.abc import Callable
 from torch import Tensor
 
 from hal_ops._dtypes import torch_dtype
+from hal_ops.rows import check_input
 from hal_ops._torch_rows import deliver
 from hal_ops.fused_add_rms_norm.op import FusedAddRmsNormRequest
 from hal_ops.rms_norm.torch_norm import normalizer
-from hal_ops.rows import check_input
 
 __all__ = ["fused_add_rms_norm"]
 

@@ -1,7 +1,7 @@
 """The residual sum and its RMS normalisation in one Triton kernel, see :mod:`hal_ops._triton_norm`.
 
 What :func:`fused_add_rms_norm` honours: ``dtype`` float32, bfloat16, float16; any hidden size and eps and
-weight offset; a weight in either format; deterministic; graph. It has no backward.
+weight offset; a weight in any of these; deterministic; graph. It has no backward.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from hal_ops._dtypes import torch_dtype
+from hal_ops.rows import check_input, check_out, refuse_grad
 from hal_ops._triton_norm import NormRows
 from hal_ops.fused_add_rms_norm.op import FusedAddRmsNormRequest
-from hal_ops.rows import check_input, check_out, refuse_grad
 
 __all__ = ["fused_add_rms_norm"]
 

@@ -120,7 +120,8 @@ class _Write:
         k_scale: Tensor | None = None,
         v_scale: Tensor | None = None,
     ) -> None:
-        tokens = slot_mapping.shape[0]
+        # A plan of maximum size has more slots than a smaller step has tokens.
+        tokens = min(k.shape[0], slot_mapping.shape[0])
         if not tokens:
             return
         k_scale, v_scale = self._ones if k_scale is None else k_scale, self._ones if v_scale is None else v_scale

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from hal_ops._row_case import RowCase, draw, variants, views
+from hal_ops.rows import empty_like
 from hal_ops.layer_norm.op import LayerNormRequest
 from hal_ops.layer_norm.reference import layer_norm
-from hal_ops.rows import empty_like
 
 __all__ = ["make_case"]
 
@@ -26,7 +26,8 @@ def make_case(
     x = draw(generator, tokens, request.hidden_size, dtype=request.dtype)
     x = x * torch.logspace(-2, 2, tokens).unsqueeze(-1).to(x.dtype)
     x[-(tokens // 3) :] += 4
-    x[tokens // 2] = 3
+    if request.eps:  # without it a row without deviations is 0 / 0, or not, by the last bit of its mean
+        x[tokens // 2] = 3
     count = request.weight + request.bias
     affine = [draw(generator, request.hidden_size, dtype=request.weight_dtype, device=device) for _ in range(count)]
     label = f"layer_norm {request.dtype}, hidden {request.hidden_size}, seed {seed}, {form}"

@@ -1,4 +1,4 @@
-"""``LAYER_NORM``: each row less its mean, divided by its standard deviation, times a weight, plus a bias. Needs no torch.
+"""``LAYER_NORM``: rows less their mean, divided by their deviation, times a weight, plus a bias. Needs no torch.
 
 ``factory(request, device) -> fn`` with ``fn(x, weight=None, bias=None, *, out=None) -> out``::
 

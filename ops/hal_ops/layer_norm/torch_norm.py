@@ -1,7 +1,7 @@
 """Layer normalisation by torch's own operator. Any device; autograd passes through.
 
 What :func:`layer_norm` honours: ``dtype`` float64, float32, bfloat16, float16; any hidden size and eps; weight and bias
-or neither, in either format; inputs of any strides; deterministic; graph: nothing waits for the device.
+or neither, in any of these; inputs of any strides; deterministic; graph: nothing waits for the device.
 
 ``torch.nn.functional.layer_norm`` sums half formats in float32 and rounds once (``aten/src/ATen/native/cpu/
 layer_norm_kernel.cpp`` and ``cuda/layer_norm_kernel.cu``), but takes weights of another format on the CPU only; those
@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from hal_ops._dtypes import torch_dtype
+from hal_ops.rows import check_input
 from hal_ops._torch_rows import deliver, wide_format
 from hal_ops.layer_norm.op import LayerNormRequest
 from hal_ops.layer_norm.reference import check_affine
-from hal_ops.rows import check_input
 
 __all__ = ["layer_norm"]
 

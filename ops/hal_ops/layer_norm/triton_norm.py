@@ -1,7 +1,7 @@
 """Layer normalisation in one Triton kernel, see :mod:`hal_ops._triton_norm`.
 
 What :func:`layer_norm` honours: ``dtype`` float32, bfloat16, float16; any hidden size and eps; weight and bias
-or neither, in either format; deterministic; graph. It has no backward.
+or neither, in any of these; deterministic; graph. It has no backward.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from hal_ops._dtypes import torch_dtype
+from hal_ops.rows import check_input, check_out, refuse_grad
 from hal_ops._triton_norm import NormRows
 from hal_ops.layer_norm.op import LayerNormRequest
 from hal_ops.layer_norm.reference import check_affine
-from hal_ops.rows import check_input, check_out, refuse_grad
 
 __all__ = ["layer_norm"]
 

@@ -1,7 +1,7 @@
 """RMS normalisation by torch's operators. Any device; autograd passes through.
 
 What :func:`rms_norm` honours: ``dtype`` float64, float32, bfloat16, float16; any hidden size, eps and weight offset; a
-weight in either format; inputs of any strides; deterministic; graph: nothing waits for the device.
+weight in any of these; inputs of any strides; deterministic; graph: nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from hal_ops._dtypes import torch_dtype
+from hal_ops.rows import check_input
 from hal_ops._torch_rows import deliver, wide_format
 from hal_ops.rms_norm.op import RmsNormRequest
-from hal_ops.rows import check_input
 
 __all__ = ["normalizer", "rms_norm"]
 

@@ -1,7 +1,7 @@
 """RMS normalisation in one Triton kernel, see :mod:`hal_ops._triton_norm`.
 
 What :func:`rms_norm` honours: ``dtype`` float32, bfloat16, float16; any hidden size and eps and weight offset;
-a weight in either format; deterministic; graph. It has no backward.
+a weight in any of these; deterministic; graph. It has no backward.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from hal_ops._dtypes import torch_dtype
+from hal_ops.rows import check_input, check_out, refuse_grad
 from hal_ops._triton_norm import NormRows
 from hal_ops.rms_norm.op import RmsNormRequest
-from hal_ops.rows import check_input, check_out, refuse_grad
 
 __all__ = ["rms_norm"]
 

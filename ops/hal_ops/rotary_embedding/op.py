@@ -5,10 +5,10 @@
 
     a * cos - b * sin,  b * cos + a * sin
 
-Style ``"neox"`` pairs element ``i`` with ``i + rotary_dim / 2``, ``"interleaved"`` element ``2 * i`` with ``2 * i + 1``.
+Style ``"neox"`` pairs element ``i`` with ``i + rotary_dim / 2``, ``"interleaved"`` ``2 * i`` with ``2 * i + 1``.
 Elements from ``rotary_dim`` on stay as they are. All is computed in float32 (float64 for float64) and rounded once.
 
-q is ``[..., num_q_heads, head_dim]``, k ``[..., num_kv_heads, head_dim]``, both in ``dtype`` with a contiguous last dim;
+q is ``[..., num_q_heads, head_dim]``, k ``[..., num_kv_heads, head_dim]``, both in ``dtype``, the last dim contiguous;
 their leading dims are equal and may have any strides that fold into two, so slices of a fused projection, and
 ``[batch, heads, len, dim]`` seen with its middle dims swapped, are taken as they are. positions is int32 or int64,
 contiguous, of the leading dims' shape; sequences of a ragged batch stand one behind the other. cos and sin are

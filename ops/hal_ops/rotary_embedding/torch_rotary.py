@@ -1,6 +1,6 @@
 """The rotary embedding by torch's operators. Any device; autograd passes through.
 
-What :func:`rotary_embedding` honours: ``dtype`` float64, float32, bfloat16, float16; tables in either format; any heads,
+What :func:`rotary_embedding` honours: ``dtype`` float64, float32, bfloat16, float16; tables in any of these; any heads,
 head dim and rotary dim; both styles; inputs of any strides; deterministic; graph: nothing waits for the device. A
 position outside the tables raises on the CPU, and stops an accelerator with its own assertion.
 """
@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from hal_ops._dtypes import torch_dtype
+from hal_ops.rows import check_input
 from hal_ops._torch_rows import deliver, wide_format
 from hal_ops.rotary_embedding.op import RotaryEmbeddingRequest
 from hal_ops.rotary_embedding.reference import Pair
-from hal_ops.rows import check_input
 
 __all__ = ["rotary_embedding"]
 

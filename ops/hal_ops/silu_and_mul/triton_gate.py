@@ -1,7 +1,7 @@
 """The SiLU gate in one Triton kernel, see :mod:`hal_ops._triton_gate`.
 
-What :func:`silu_and_mul` honours: ``dtype`` float32, bfloat16, float16; any hidden size; deterministic; graph. It has no
-backward.
+What :func:`silu_and_mul` honours: ``dtype`` float32, bfloat16, float16; any hidden size; deterministic; graph. It has
+no backward.
 """
 
 from __future__ import annotations

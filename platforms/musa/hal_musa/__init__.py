@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hal import Arch, Device, Erratum, Library, Platform, Probe
+from hal import Arch, Device, Erratum, Kernel, Library, Platform, Probe
 
 if TYPE_CHECKING:
     from hal_musa._system import System
@@ -66,6 +66,12 @@ class MusaPlatform(Platform):
         from hal_musa._libraries import LIBRARIES
 
         return LIBRARIES
+
+    def kernels(self) -> Iterable[Kernel]:
+        """Kernels of MATE and torch_musa, as declarations; neither is imported."""
+        from hal_musa._kernels import KERNELS
+
+        return KERNELS
 
     def errata(self) -> Iterable[Erratum]:
         """Known-bad combinations, from ``errata.json``."""

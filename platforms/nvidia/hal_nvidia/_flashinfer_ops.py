@@ -62,7 +62,7 @@ def _gate(function: Callable[..., Any], hidden: int) -> Callable[..., Tensor]:
 def _alike(x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
     """Both seen as ``[rows, hidden]`` or, where the rows of one are not evenly spaced, as ``[a, b, hidden]``."""
     sizes, hidden = x.shape[:-1], x.shape[-1]
-    shapes = [(math.prod(sizes), hidden)]
+    shapes: list[tuple[int, ...]] = [(math.prod(sizes), hidden)]
     shapes += [(math.prod(sizes[:i]), math.prod(sizes[i:]), hidden) for i in range(1, len(sizes))]
     for shape in shapes:
         seen = _seen(x, shape), _seen(out, shape)

@@ -101,8 +101,9 @@ class Paged:
         if count > payload.tokens:
             raise ValueError(f"q has {count} tokens, and the plan is for {payload.tokens}")
         whole = functional.pad(q, (0, 0, 0, 0, 0, payload.tokens - count))
-        scales = {"k_scale": k_scale, "v_scale": v_scale, "sinks": sinks, "return_lse": return_lse}
-        found = self(whole, k_cache, v_cache, step, payload, **scales)
+        found = self(
+            whole, k_cache, v_cache, step, payload, sinks=sinks, k_scale=k_scale, v_scale=v_scale, return_lse=return_lse
+        )
         return tuple(x[:count] for x in found) if return_lse else found[:count]
 
     def _tables(self, step: Step) -> Tables:
@@ -171,6 +172,6 @@ def plan_arguments(request: AttentionRequest) -> dict[str, Any]:
 
 def _times(x: Tensor, scale: Tensor, out: Tensor) -> Tensor:
     """``x`` ``[tokens, num_q_heads, dim]`` times a scale of one element or one a kv head, rounded once."""
-    heads = (scale.numel(), -1)
-    torch.mul(x.unflatten(1, heads), scale.view(-1, 1, 1), out=out.unflatten(1, heads))
+    shape = (x.shape[0], scale.numel(), x.shape[1] // scale.numel(), x.shape[2])
+    torch.mul(x.view(shape), scale.view(-1, 1, 1), out=out.view(shape))
     return out

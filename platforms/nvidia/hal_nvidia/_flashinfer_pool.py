@@ -70,8 +70,8 @@ def lease(key: Key, make: Callable[[], Any]) -> Lease:
     """An idle wrapper of this key, or a new one. ``key`` holds the stream, and all that ``make`` depends on."""
     idle = _idle.setdefault(key, deque())
     taken = Lease(_take(idle) or Held(make()))
-    finalizer = weakref.finalize(taken, idle.append, taken._held)
-    finalizer.atexit = False
+    handing_back = weakref.finalize(taken, idle.append, taken._held)
+    handing_back.atexit = False
     return taken
 
 
@@ -91,7 +91,7 @@ def _take(idle: deque[Held]) -> Held | None:
 def _mark(device: torch.device) -> Any:
     if device.type == "cpu":
         return None
-    event = torch.cuda.Event()
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record(torch.cuda.current_stream(device))
     return event
 

@@ -45,8 +45,10 @@ class _FmhaV2:
     ) -> Any:
         if cu_seqlens_q is None or cu_seqlens_k is None:
             lengths = self._even(q.shape[0], q.shape[1]), self._even(q.shape[0], k.shape[1])
-            flat = (x.flatten(0, 1) for x in (q, k, v))
-            return self._attend(*flat, *lengths, q.shape[1], k.shape[1], sinks).unflatten(0, q.shape[:2])
+            out = self._attend(
+                q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), *lengths, q.shape[1], k.shape[1], sinks
+            )
+            return out.view(*q.shape[:2], *out.shape[1:])
         return self._attend(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sinks)
 
     def _attend(

@@ -7,6 +7,7 @@ one the backward pass gives NaN (pytorch/pytorch#196678).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn import functional
 
 import hal
 from hal_nvidia._flash import nothing
-from hal_ops.attention import AttentionRequest, PrefillAttention
+from hal_ops.attention import AttentionRequest, PrefillAttention, Step
 from hal_ops.attention.reference import check_tensors
 
 __all__ = ["prefill"]
@@ -27,14 +28,25 @@ Pair = tuple[Tensor, "Tensor | None"]
 
 def prefill(request: AttentionRequest, device: hal.Device) -> PrefillAttention:
     """The prefill phase."""
-    causal, scale, v_head_dim, needs_grad = (
-        request.causal,
-        request.softmax_scale,
-        request.v_head_dim,
-        request.needs_grad,
-    )
+    return _Prefill(request)
 
-    def call(
+
+class _Prefill:
+    """The call. ``lens`` are the lengths of a planned step's rows, in queries as in keys, where there is a plan."""
+
+    def __init__(self, request: AttentionRequest, lens: tuple[int, ...] | None = None) -> None:
+        self._request = request
+        self._lens = lens
+        self._causal = request.causal
+        self._scale = request.softmax_scale
+        self._needs_grad = request.needs_grad
+
+    def for_step(self, step: Step) -> _Prefill:
+        """The same for one step: its lengths are known, so none is read from the device."""
+        return _Prefill(self._request, step.q_lens)
+
+    def __call__(
+        self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -48,57 +60,67 @@ def prefill(request: AttentionRequest, device: hal.Device) -> PrefillAttention:
         return_lse: bool = False,
     ) -> Any:
         if sinks is not None or alibi_slopes is not None:
-            check_tensors(request, sinks, alibi_slopes)
+            check_tensors(self._request, sinks, alibi_slopes)
         if not q.numel() or not k.numel():
-            return nothing(q, v_head_dim, return_lse)
+            return nothing(q, self._request.v_head_dim, return_lse)
         if cu_seqlens_q is None or cu_seqlens_k is None:
-            out, lse = batch(q, k, v, return_lse)
+            out, lse = self._batch(q, k, v, return_lse)
         else:
-            out, lse = ragged(q, k, v, cu_seqlens_q, cu_seqlens_k, (max_seqlen_q, max_seqlen_k), return_lse)
+            out, lse = self._ragged(q, k, v, cu_seqlens_q, cu_seqlens_k, (max_seqlen_q, max_seqlen_k), return_lse)
         return (out, lse) if return_lse else out
 
-    def square(q: Tensor, k: Tensor, v: Tensor, causal: bool, return_lse: bool) -> Pair:
+    def _square(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, return_lse: bool) -> Pair:
         """One launch, with cuDNN's own mask."""
-        q = q.transpose(1, 2)
-        found = forward(
-            q, k.transpose(1, 2), v.transpose(1, 2), None, return_lse or needs_grad, 0.0, causal, False, scale=scale
-        )
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        wanted = return_lse or self._needs_grad
+        found = forward(q, k, v, None, wanted, 0.0, causal, False, scale=self._scale)
         # The LSE has a fourth dim of 1 since torch 2.9.
         return found[0].transpose(1, 2), found[1].reshape(q.shape[:3]).transpose(1, 2) if return_lse else None
 
-    def batch(q: Tensor, k: Tensor, v: Tensor, return_lse: bool) -> Pair:
+    def _batch(self, q: Tensor, k: Tensor, v: Tensor, return_lse: bool) -> Pair:
         """A dense batch, ``[batch, len, heads, dim]``, with any two lengths."""
         q_len, kv_len = q.shape[1], k.shape[1]
-        if not causal or q_len == 1 or q_len == kv_len:
-            return square(q, k, v, causal and q_len > 1, return_lse)
+        if not self._causal or q_len == 1 or q_len == kv_len:
+            return self._square(q, k, v, self._causal and q_len > 1, return_lse)
         if q_len < kv_len:
             more = kv_len - q_len
-            out, lse = square(functional.pad(q, (0, 0, 0, 0, more, 0)), k, v, True, return_lse)
+            out, lse = self._square(functional.pad(q, (0, 0, 0, 0, more, 0)), k, v, True, return_lse)
             return out[:, more:], None if lse is None else lse[:, more:]
         empty = q_len - kv_len
-        out, lse = square(q[:, empty:], k, v, kv_len > 1, return_lse)
+        out, lse = self._square(q[:, empty:], k, v, kv_len > 1, return_lse)
         out = functional.pad(out, (0, 0, 0, 0, empty, 0))
         return out, None if lse is None else functional.pad(lse, (0, 0, empty, 0), value=-torch.inf)
 
-    def ragged(
-        q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, bounds: tuple[Any, Any], return_lse: bool
+    def _ragged(
+        self, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, bounds: tuple[Any, Any], return_lse: bool
     ) -> Pair:
-        """Rows of one length as a batch; others a call each, for which lengths are read from the device."""
+        """Rows of one length as a batch; others a call each."""
         rows = cu_q.shape[0] - 1
         if rows * (bounds[0] or 0) == q.shape[0] and rows * (bounds[1] or 0) == k.shape[0]:
-            out, lse = batch(*(x.view(rows, -1, *x.shape[1:]) for x in (q, k, v)), return_lse)
+            q, k, v = (x.view(rows, -1, *x.shape[1:]) for x in (q, k, v))
+            out, lse = self._batch(q, k, v, return_lse)
             return out.flatten(0, 1), None if lse is None else lse.flatten(0, 1)
-        lens = cu_q.diff().tolist(), cu_k.diff().tolist()
-        three = zip(torch.split(q, lens[0]), torch.split(k, lens[1]), torch.split(v, lens[1]), strict=True)
-        pairs = [sequence(*row, return_lse) for row in three if row[0].shape[0]]
-        lse = torch.cat([lse for _, lse in pairs if lse is not None]) if return_lse else None
-        return torch.cat([out for out, _ in pairs]), lse
+        if self._lens is None:
+            return self._rows(q, k, v, cu_q.diff().tolist(), cu_k.diff().tolist(), return_lse)
+        rest = q.shape[0] - sum(self._lens)
+        lens = (*self._lens, rest) if rest else self._lens
+        return self._rows(q, k, v, lens, lens, return_lse)
 
-    def sequence(q: Tensor, k: Tensor, v: Tensor, return_lse: bool) -> Pair:
+    def _rows(
+        self, q: Tensor, k: Tensor, v: Tensor, q_lens: Sequence[int], kv_lens: Sequence[int], return_lse: bool
+    ) -> Pair:
+        queries, keys, values = torch.split(q, q_lens), torch.split(k, kv_lens), torch.split(v, kv_lens)
+        outs, lses = [], []
+        for a, b, c in zip(queries, keys, values, strict=True):
+            if a.shape[0]:
+                out, lse = self._row(a, b, c, return_lse)
+                outs.append(out)
+                lses += [] if lse is None else [lse]
+        return torch.cat(outs), torch.cat(lses) if return_lse else None
+
+    def _row(self, q: Tensor, k: Tensor, v: Tensor, return_lse: bool) -> Pair:
         if not k.shape[0]:
-            found = nothing(q, v_head_dim, True)
-            return found[0], found[1] if return_lse else None
-        out, lse = batch(q[None], k[None], v[None], return_lse)
+            out, lse = nothing(q, self._request.v_head_dim, True)
+            return out, lse if return_lse else None
+        out, lse = self._batch(q[None], k[None], v[None], return_lse)
         return out[0], None if lse is None else lse[0]
-
-    return call

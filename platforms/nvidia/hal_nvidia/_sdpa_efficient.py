@@ -31,10 +31,20 @@ _WRITTEN = 128
 
 def prefill(request: AttentionRequest, device: hal.Device) -> PrefillAttention:
     """The prefill phase."""
-    scale, v_head_dim, causal = request.softmax_scale, request.v_head_dim, request.causal
-    mask, needs_grad = _CAUSAL if causal else _FULL, request.needs_grad
+    return _Prefill(request)
 
-    def call(
+
+class _Prefill:
+    def __init__(self, request: AttentionRequest) -> None:
+        self._request = request
+        self._causal = request.causal
+        self._mask = _CAUSAL if request.causal else _FULL
+        self._scale = request.softmax_scale
+        self._needs_grad = request.needs_grad
+        self._all_written = request.v_head_dim <= _WRITTEN
+
+    def __call__(
+        self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -48,40 +58,45 @@ def prefill(request: AttentionRequest, device: hal.Device) -> PrefillAttention:
         return_lse: bool = False,
     ) -> Any:
         if sinks is not None or alibi_slopes is not None:
-            check_tensors(request, sinks, alibi_slopes)
+            check_tensors(self._request, sinks, alibi_slopes)
         if not q.numel() or not k.numel():
-            return nothing(q, v_head_dim, return_lse)
-        wanted = return_lse or needs_grad
-        if cu_seqlens_q is not None and cu_seqlens_k is not None:
-            bounds = max_seqlen_q or q.shape[0], max_seqlen_k or k.shape[0]
-            return ragged(q, k, v, cu_seqlens_q, cu_seqlens_k, bounds, wanted, return_lse)
-        q_len = q.shape[1]
-        empty = q_len - k.shape[1] if causal else 0
-        used = q[:, empty:] if empty > 0 else q
-        found = forward(used, k, v, None, None, None, None, None, 0.0, mask, wanted, scale=scale)
-        out = functional.pad(found[0], (0, 0, 0, 0, empty, 0)) if empty > 0 else found[0]
+            return nothing(q, self._request.v_head_dim, return_lse)
+        if cu_seqlens_q is None or cu_seqlens_k is None:
+            return self._dense(q, k, v, return_lse)
+        bounds = max_seqlen_q or q.shape[0], max_seqlen_k or k.shape[0]
+        return self._ragged(q, k, v, cu_seqlens_q, cu_seqlens_k, bounds, return_lse)
+
+    def _dense(self, q: Tensor, k: Tensor, v: Tensor, return_lse: bool) -> Any:
+        empty = max(0, q.shape[1] - k.shape[1]) if self._causal else 0
+        q = q[:, empty:] if empty else q
+        wanted = return_lse or self._needs_grad
+        found = forward(q, k, v, None, None, None, None, None, 0.0, self._mask, wanted, scale=self._scale)
+        out = functional.pad(found[0], (0, 0, 0, 0, empty, 0)) if empty else found[0]
         if not return_lse:
             return out
-        lse = found[1][:, :, : used.shape[1]].transpose(1, 2)
-        return out, functional.pad(lse, (0, 0, empty, 0), value=-torch.inf) if empty > 0 else lse
+        lse = found[1][:, :, : q.shape[1]].transpose(1, 2)
+        return out, functional.pad(lse, (0, 0, empty, 0), value=-torch.inf) if empty else lse
 
-    def ragged(
-        q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, bounds: tuple[int, int], wanted: bool, lse: bool
+    def _ragged(
+        self, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, bounds: tuple[int, int], return_lse: bool
     ) -> Any:
-        if causal and cu_q is not cu_k:
+        if self._causal and cu_q is not cu_k:
             cu_q, cu_k = without_first_queries(cu_q, cu_k)
-        if not lse and not needs_grad and v_head_dim <= _WRITTEN:
-            return forward(q[None], k[None], v[None], None, cu_q, cu_k, *bounds, 0.0, mask, wanted, scale=scale)[0][0]
+        if not return_lse and not self._needs_grad and self._all_written:
+            return self._launch(q, k, v, cu_q, cu_k, bounds, False)[0][0]
         rows, places, empty = tokens(q.shape[0], cu_q, cu_k)
-        if needs_grad:
+        if self._needs_grad:
             q = q.masked_fill(empty[:, None, None], 0.0)
-        found = forward(q[None], k[None], v[None], None, cu_q, cu_k, *bounds, 0.0, mask, wanted, scale=scale)
-        out = found[0][0]
-        if v_head_dim > _WRITTEN:
-            out = out.masked_fill(empty[:, None, None], 0.0)
-        return (out, found[1][rows, :, places].masked_fill_(empty[:, None], -torch.inf)) if lse else out
+        found = self._launch(q, k, v, cu_q, cu_k, bounds, True)
+        out = found[0][0] if self._all_written else found[0][0].masked_fill(empty[:, None, None], 0.0)
+        if not return_lse:
+            return out
+        return out, found[1][rows, :, places].masked_fill_(empty[:, None], -torch.inf)
 
-    return call
+    def _launch(
+        self, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, bounds: tuple[int, int], wanted: bool
+    ) -> Any:
+        return forward(q[None], k[None], v[None], None, cu_q, cu_k, *bounds, 0.0, self._mask, wanted, scale=self._scale)
 
 
 def without_first_queries(cu_q: Tensor, cu_k: Tensor) -> tuple[Tensor, Tensor]:

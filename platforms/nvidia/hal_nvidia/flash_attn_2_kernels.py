@@ -43,7 +43,12 @@ __all__ = ["KERNELS"]
 
 _ARCHS = Archs(only=("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121"))
 _BLACKWELL_CUDA = ">=12.8"
-_FLASH_ATTN = Needs("flash-attn", ">=2.7", install="`pip install 'torch-hal-nvidia[flash-attn]' --no-build-isolation`")
+_FLASH_ATTN = Needs(
+    "flash-attn",
+    ">=2.7",
+    install="`pip install 'torch-hal-nvidia[flash-attn]' --no-build-isolation`",
+    module="flash_attn_2_cuda",
+)
 
 
 def _built_for(request: Request, device: Device) -> Sequence[Reason]:

@@ -207,7 +207,7 @@ def _kernel(phase: str, check: object, more: Mapping[str, Constraint], copies: s
         check=check,  # type: ignore[arg-type]
         built_archs=_built_archs,
         copies=copies,
-        evidence={"sm_90": "run", "*": "emulated"},
+        evidence={"*": "emulated"},
         note="flash-attention 3",
     )
 

@@ -48,6 +48,7 @@ __all__ = ["KERNELS"]
 _SINCE_FLASH = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121")
 _WIDE_BACKWARD = ("sm_80", "sm_90", "sm_100", "sm_103")
 _NOT_BOTH = ((False, False), (False, True), (True, False))
+_EMULATED = {"*": "emulated"}
 
 
 def _torch(versions: str, because: str = "") -> Needs:
@@ -99,6 +100,7 @@ def _kernel(
     check: object = None,
     copies: str = "",
     note: str = "",
+    evidence: Mapping[str, str] = _EMULATED,
 ) -> Kernel:
     return Kernel(
         name=f"{library}.prefill",
@@ -111,7 +113,7 @@ def _kernel(
         fields=fields,
         check=check,  # type: ignore[arg-type]
         copies=copies,
-        evidence={"sm_90": "run", "*": "emulated"},
+        evidence=evidence,
         note=note,
     )
 
@@ -130,6 +132,7 @@ KERNELS = (
         },
         check=_flash_check,
         note="flash-attention 2 inside torch",
+        evidence={"sm_90": "run", **_EMULATED},
     ),
     _kernel(
         "sdpa_efficient",

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hal import Arch, Device, Erratum, Library, Platform, Probe
+from hal import Arch, Device, Erratum, Kernel, Library, Platform, Probe
 
 if TYPE_CHECKING:
     from hal_rocm._system import System
@@ -65,6 +65,12 @@ class RocmPlatform(Platform):
         from hal_rocm._products import complete
 
         return complete(device)
+
+    def kernels(self) -> Iterable[Kernel]:
+        """What aiter, flash-attn and torch offer on AMD's devices."""
+        from hal_rocm._kernels import KERNELS
+
+        return KERNELS
 
     def errata(self) -> Iterable[Erratum]:
         """What is known to be wrong with them, from ``errata.json``."""

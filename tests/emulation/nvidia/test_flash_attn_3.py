@@ -12,9 +12,10 @@ from emulated import flash_attn_2, flash_attn_3, hardware, library, nvidia
 from emulated.library import Installed
 
 import hal
+from hal._plan import Buffers, make_step
 from hal.errors import InputError, PlanMismatchError
 from hal_nvidia import _flash_attn_3_sizes as sizes
-from hal_ops.attention import AttentionRequest
+from hal_ops.attention import AttentionRequest, Step
 from hal_ops.attention.cases import make_case
 
 BASE: dict[str, Any] = {"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 64, "dtype": "float16"}
@@ -77,18 +78,23 @@ def test_lengths_are_tokens(fa3: Installed) -> None:  # requirement D9
 
 
 def test_a_buffered_plan_is_made_for_the_padded_width(fa3: Installed) -> None:  # requirement E3, E12, P37
-    attention = handle(graph=True)
-    plan = attention.plan(q_lens=[1, 1], kv_lens=[20, 9], block_table=[[0, 1], [2, 3]], max_batch=4, max_pages=8)
-    planned = fa3.called(PLANNER)[0].arguments
-    assert (planned["batch_size"], planned["max_seqlen_k"]) == (4, 128)
-    address, size = plan._payload.metadata.data_ptr(), plan._payload.metadata.numel()
-    plan.update(q_lens=[1], kv_lens=[5], block_table=[[6]])
-    again = fa3.called(PLANNER)[1].arguments
-    assert (again["batch_size"], again["max_seqlen_k"]) == (4, 128)
-    assert (plan._payload.metadata.data_ptr(), plan._payload.metadata.numel()) == (address, size)
-    assert again["cache_seqlens"].tolist() == [5, 0, 0, 0]
+    request = AttentionRequest(**BASE, page_size=16, kv_layout="NHD", graph=True, phases=("decode",))
+    implementation = hardware.build("fa3.decode", request)
+    buffers = Buffers(4, 4, 8, torch.device("cpu"))
+
+    def step(kv_lens: list[int]) -> Step:
+        table = [[row, row + 1] for row in range(len(kv_lens))]
+        return buffers.fill(make_step([1] * len(kv_lens), kv_lens, table, 16, torch.device("cpu")))
+
+    schedule = implementation.plan(step([20, 9]))
+    address, size = schedule.metadata.data_ptr(), schedule.metadata.numel()
+    assert implementation.update(step([5]), schedule) is schedule
+    assert (schedule.metadata.data_ptr(), schedule.metadata.numel()) == (address, size)
+    for call in fa3.called(PLANNER):
+        assert (call.arguments["batch_size"], call.arguments["max_seqlen_k"]) == (4, 128)
+    assert fa3.called(PLANNER)[1].arguments["cache_seqlens"].tolist() == [5, 0, 0, 0]
     with pytest.raises(InputError, match="max_batch=5"):
-        plan.update(q_lens=[1] * 5, kv_lens=[1] * 5, block_table=[[0]] * 5)
+        step([1] * 5)
 
 
 def test_lengths_that_change_in_place_are_seen(fa3: Installed) -> None:  # requirement C6
