@@ -11,8 +11,8 @@ from torch import Tensor
 from hal_ops._dtypes import torch_dtype
 from hal_ops._row_case import RowCase, draw, views
 from hal_ops._row_request import RowRequest
-from hal_ops.rows import check_input, half_of
 from hal_ops._torch_rows import deliver, wide_format
+from hal_ops.rows import check_input, half_of
 
 __all__ = ["gate_case", "gate_reference", "torch_gate"]
 

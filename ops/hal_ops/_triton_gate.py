@@ -15,8 +15,8 @@ from hal_ops._dtypes import torch_dtype
 from hal_ops._gpu import gpu_of
 from hal_ops._launch import Launch
 from hal_ops._row_request import RowRequest
-from hal_ops.rows import check_input, check_out, fold, half_of, refuse_grad
 from hal_ops._triton_rows import aligned, block_size, row_start
+from hal_ops.rows import check_input, check_out, fold, half_of, refuse_grad
 
 __all__ = ["CONFIGS", "GateConfig", "GateRows", "config_for", "gate_rows", "triton_gate"]
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from hal_ops._gpu import gpu_of
 from hal_ops._launch import Launch
-from hal_ops.rows import Rows, fold
 from hal_ops._triton_rows import aligned, block_size, row_start
+from hal_ops.rows import Rows, fold
 
 __all__ = ["CONFIGS", "RMS_CONFIGS", "NormConfig", "NormRows", "config_for", "norm_long_rows", "norm_rows"]
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hal_ops.case import Case
 from hal_ops._dtypes import is_fp8, torch_dtype
 from hal_ops._op import resolve_target
 from hal_ops._request import AUTO
@@ -22,6 +21,7 @@ from hal_ops.attention.contract import Step
 from hal_ops.attention.op import ATTENTION
 from hal_ops.attention.paged_inputs import block_tables, build_cache, make_step, scales, slots_of
 from hal_ops.attention.request import AttentionRequest
+from hal_ops.case import Case
 from hal_ops.compare import Comparison, compare, compare_lse
 
 __all__ = ["AttentionCase", "hard_lengths", "indicator_case", "make_case", "visible_keys"]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from hal_ops._dtypes import torch_dtype
-from hal_ops.rows import check_out
 from hal_ops.fp8_quantize.op import Fp8QuantizeRequest
+from hal_ops.rows import check_out
 
 __all__ = ["SMALLEST_SCALE", "Pair", "check_scale", "fp8_quantize", "outputs", "scales_shape"]
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from hal_ops._dtypes import torch_dtype
-from hal_ops.rows import check_input
 from hal_ops._torch_rows import deliver
 from hal_ops.fp8_quantize.op import Fp8QuantizeRequest
 from hal_ops.fp8_quantize.reference import SMALLEST_SCALE, Pair, check_scale, scales_shape
+from hal_ops.rows import check_input
 
 __all__ = ["fp8_quantize"]
 

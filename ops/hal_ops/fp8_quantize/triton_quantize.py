@@ -23,10 +23,10 @@ from torch import Tensor
 from hal_ops._dtypes import torch_dtype
 from hal_ops._gpu import gpu_of
 from hal_ops._launch import Launch
-from hal_ops.rows import Rows, check_input, check_out, fold, refuse_grad
 from hal_ops._triton_rows import aligned, block_size, row_start
 from hal_ops.fp8_quantize.op import Fp8QuantizeRequest
 from hal_ops.fp8_quantize.reference import SMALLEST_SCALE, Pair, check_scale, outputs, scales_shape
+from hal_ops.rows import Rows, check_input, check_out, fold, refuse_grad
 
 __all__ = ["FORMATS", "LARGEST", "Fp8Format", "fp8_quantize", "largest_values", "quantize_groups"]
 

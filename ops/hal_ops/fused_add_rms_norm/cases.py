@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from hal_ops._row_case import RowCase, draw, variants, views
-from hal_ops.rows import empty_like
 from hal_ops.fused_add_rms_norm.op import FusedAddRmsNormRequest
 from hal_ops.fused_add_rms_norm.reference import fused_add_rms_norm
+from hal_ops.rows import empty_like
 
 __all__ = ["make_case"]
 

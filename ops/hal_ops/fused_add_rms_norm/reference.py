@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hal_ops.rows import empty_like
 from hal_ops._torch_rows import deliver, wide_format
 from hal_ops.fused_add_rms_norm.op import FusedAddRmsNormRequest
 from hal_ops.rms_norm.reference import normalized
+from hal_ops.rows import empty_like
 
 __all__ = ["fused_add_rms_norm", "outputs"]
 

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from torch import Tensor
 
 from hal_ops._dtypes import torch_dtype
-from hal_ops.rows import check_input
 from hal_ops._torch_rows import deliver
 from hal_ops.fused_add_rms_norm.op import FusedAddRmsNormRequest
 from hal_ops.rms_norm.torch_norm import normalizer
+from hal_ops.rows import check_input
 
 __all__ = ["fused_add_rms_norm"]
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from hal_ops._dtypes import torch_dtype
-from hal_ops.rows import check_input, check_out, refuse_grad
 from hal_ops._triton_norm import NormRows
 from hal_ops.fused_add_rms_norm.op import FusedAddRmsNormRequest
+from hal_ops.rows import check_input, check_out, refuse_grad
 
 __all__ = ["fused_add_rms_norm"]
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from hal_ops._gate import gate_reference
-from hal_ops.rows import half_of
 from hal_ops.gelu_and_mul.op import GeluAndMulRequest
+from hal_ops.rows import half_of
 
 __all__ = ["gelu_and_mul", "outputs"]
 

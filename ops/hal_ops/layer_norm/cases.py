@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from hal_ops._row_case import RowCase, draw, variants, views
-from hal_ops.rows import empty_like
 from hal_ops.layer_norm.op import LayerNormRequest
 from hal_ops.layer_norm.reference import layer_norm
+from hal_ops.rows import empty_like
 
 __all__ = ["make_case"]
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hal_ops.rows import empty_like
 from hal_ops._torch_rows import deliver, wide_format
 from hal_ops.layer_norm.op import LayerNormRequest
+from hal_ops.rows import empty_like
 
 __all__ = ["check_affine", "layer_norm", "outputs"]
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from hal_ops._dtypes import torch_dtype
-from hal_ops.rows import check_input, check_out, refuse_grad
 from hal_ops._triton_norm import NormRows
 from hal_ops.layer_norm.op import LayerNormRequest
 from hal_ops.layer_norm.reference import check_affine
+from hal_ops.rows import check_input, check_out, refuse_grad
 
 __all__ = ["layer_norm"]
 

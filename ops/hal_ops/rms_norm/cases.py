@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from hal_ops._row_case import RowCase, draw, variants, views
-from hal_ops.rows import empty_like
 from hal_ops.rms_norm.op import RmsNormRequest
 from hal_ops.rms_norm.reference import rms_norm
+from hal_ops.rows import empty_like
 
 __all__ = ["make_case"]
 

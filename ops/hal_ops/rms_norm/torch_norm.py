@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from hal_ops._dtypes import torch_dtype
-from hal_ops.rows import check_input
 from hal_ops._torch_rows import deliver, wide_format
 from hal_ops.rms_norm.op import RmsNormRequest
+from hal_ops.rows import check_input
 
 __all__ = ["normalizer", "rms_norm"]
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hal_ops.rows import empty_like
 from hal_ops._torch_rows import deliver, wide_format
 from hal_ops.rotary_embedding.op import RotaryEmbeddingRequest
+from hal_ops.rows import empty_like
 
 __all__ = ["Pair", "outputs", "rotary_embedding"]
 

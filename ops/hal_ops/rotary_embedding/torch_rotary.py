@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from hal_ops._dtypes import torch_dtype
-from hal_ops.rows import check_input
 from hal_ops._torch_rows import deliver, wide_format
 from hal_ops.rotary_embedding.op import RotaryEmbeddingRequest
 from hal_ops.rotary_embedding.reference import Pair
+from hal_ops.rows import check_input
 
 __all__ = ["rotary_embedding"]
 

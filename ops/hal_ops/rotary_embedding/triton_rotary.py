@@ -20,10 +20,10 @@ from torch import Tensor
 from hal_ops._dtypes import torch_dtype
 from hal_ops._gpu import gpu_of
 from hal_ops._launch import Launch
-from hal_ops.rows import check_input, check_out, fold, refuse_grad
 from hal_ops._triton_rows import aligned, block_size, row_start
 from hal_ops.rotary_embedding.op import RotaryEmbeddingRequest
 from hal_ops.rotary_embedding.reference import Pair, outputs
+from hal_ops.rows import check_input, check_out, fold, refuse_grad
 
 __all__ = ["CONFIGS", "RotaryConfig", "rotary_embedding", "rotate_heads"]
 

@@ -10,11 +10,11 @@ from torch.nn import functional
 
 import hal
 from hal_ops import torch_dtype
-from hal_ops.rows import check_input, check_out
 from hal_ops.attention import AttentionRequest, Step, masks
 from hal_ops.attention.gather import Gather, Group, plan_groups
 from hal_ops.attention.reference import check_tensors
 from hal_ops.rms_norm import RmsNormRequest
+from hal_ops.rows import check_input, check_out
 from hal_ops.silu_and_mul import SiluAndMulRequest
 
 __all__ = ["decode", "extend", "prefill", "rms_norm", "silu_and_mul"]
