@@ -216,7 +216,8 @@ class Attention:
 
     def _postwrite_pays(self) -> bool:
         kernel = self.selection.choices["prefill"].kernel
-        return kernel is not None and kernel.band >= Band.PERFORMANT and not is_fp8(self.request.kv_dtype)
+        fast = kernel is not None and kernel.priority_on(self.selection.device) >= Band.PERFORMANT
+        return fast and not is_fp8(self.request.kv_dtype)
 
     def _refill(self, plan: Plan, q_lens: Any, kv_lens: Any, block_table: Any) -> None:
         assert plan._buffers is not None

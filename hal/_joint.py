@@ -77,7 +77,7 @@ def _score(jobs: Sequence[Job], values: Mapping[str, Any] | None, around: Circum
 
 
 def _best_priority(op: Op, phase: str, request: Request, forced: Forced | None, around: Circumstances) -> int | None:
-    for kernel in around.registry.candidates(op.name, phase):
+    for kernel in around.registry.candidates(op.name, phase, around.device):
         if (forced is None or kernel.answers_to(forced.name)) and not why_not(kernel, request, around):
-            return kernel.priority
+            return kernel.priority_on(around.device)
     return None

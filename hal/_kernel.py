@@ -96,7 +96,7 @@ class Kernel:
             groups the kernels of one library.
         op, phase: what it implements.
         target: ``"module:factory"``; the factory takes (request, device) and returns the callable for the phase.
-        priority: a :class:`Band` plus 0 to 99.
+        priority: a :class:`Band` plus 0 to 99. priorities: arch name to the priority there, where another was measured.
         platforms: platform name to :class:`Archs`; empty means every device.
         needs: libraries. runtime, driver: version specifiers of the device's runtime and driver.
         capabilities: what the device must be able to do.
@@ -115,6 +115,7 @@ class Kernel:
     target: str
     priority: int
     fields: Mapping[str, Constraint]
+    priorities: Mapping[str, int] = dataclasses.field(default_factory=dict)
     platforms: Mapping[str, Archs] = dataclasses.field(default_factory=dict)
     needs: tuple[Needs, ...] = ()
     runtime: str = ""
@@ -138,6 +139,10 @@ class Kernel:
     def band(self) -> Band:
         """The band of the priority."""
         return Band.of(self.priority)
+
+    def priority_on(self, device: Device) -> int:
+        """The priority on this device's arch."""
+        return self.priorities.get(device.arch.name, self.priority)
 
     def answers_to(self, name: str) -> bool:
         """Whether a user's ``name`` (of a kernel or of a library) means this kernel."""
@@ -166,8 +171,9 @@ class Kernel:
         faults = []
         if not _NAME.match(self.name):
             faults.append("its name must look like 'library.phase' or 'library.op', lower case")
-        if not 0 <= self.priority < 500:
-            faults.append(f"priority {self.priority} is outside the bands 0 to 499")
+        for priority in (self.priority, *self.priorities.values()):
+            if not 0 <= priority < 500:
+                faults.append(f"priority {priority} is outside the bands 0 to 499")
         if ":" not in self.target:
             faults.append(f"target {self.target!r} must be 'module:factory'")
         if isinstance(self.capabilities, str):

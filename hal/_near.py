@@ -52,15 +52,16 @@ def near_misses(selection: Selection) -> tuple[NearMiss, ...]:
     """Near misses of all phases: fewest changes first, then the best kernels. Other hardware is no near miss."""
     found: dict[tuple[Any, ...], list[tuple[Kernel, bool]]] = {}
     for choice in selection.choices.values():
-        chosen = -1 if choice.kernel is None else choice.kernel.priority
+        chosen = -1 if choice.kernel is None else choice.kernel.priority_on(selection.device)
         for candidate in choice.candidates:
             kernel = candidate.kernel
-            if candidate.status == "refused" and kernel.priority >= chosen:
+            if candidate.status == "refused" and candidate.priority >= chosen:
                 change = _smallest_change(kernel, candidate.reasons, selection.request, selection.around)
                 if change is not None:
-                    found.setdefault(change, []).append((kernel, kernel.priority > chosen))
+                    found.setdefault(change, []).append((kernel, candidate.priority > chosen))
     ranked = sorted(
-        found.items(), key=lambda item: (len(item[0][0]) + len(item[0][1]), -max(k.priority for k, _ in item[1]))
+        found.items(),
+        key=lambda item: (len(item[0][0]) + len(item[0][1]), -max(k.priority_on(selection.device) for k, _ in item[1])),
     )
     return tuple(
         NearMiss(tuple(k.name for k, _ in kernels), changes, install, any(first for _, first in kernels))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from hal import _portable_ops
+from hal import _portable_ops, _portable_triton
 from hal._arch import Arch
 from hal._constraints import Anything, Constraint, OneOf, Range, Windows
 from hal._device import Evidence, Probe
@@ -43,7 +43,8 @@ class PortablePlatform(Platform):
 
     def kernels(self) -> Iterable[Kernel]:
         attention = (_attention(phase) for phase in ATTENTION.phases)
-        return (*attention, *_kv_cache_write(), *_merge_states(), *_portable_ops.kernels())
+        own = (*attention, *_kv_cache_write(), *_merge_states())
+        return (*own, *_portable_triton.kernels(), *_portable_ops.kernels())
 
 
 def _attention(phase: str) -> Kernel:

@@ -1,14 +1,16 @@
-"""What the ``portable`` platform declares about Triton kernels over a paged cache: decode, cache write, merge. Data."""
+"""What the ``portable`` platform declares about Triton kernels of attention and of its cache: data."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from hal._constraints import Anything, Constraint, OneOf, Range, Windows
 from hal._device import Device
 from hal._kernel import Archs, Band, Kernel, Needs
 from hal._reason import Reason
 from hal_ops import FP8_DTYPES, Request, is_fp8
+from hal_ops.attention import AttentionRequest
+from hal_ops.kv_cache import KvCacheWriteRequest
 
 __all__ = ["kernels"]
 
@@ -30,69 +32,85 @@ Fields = dict[str, Constraint]
 
 
 def kernels() -> tuple[Kernel, ...]:
-    """Decode, the cache write and the merge of attention states."""
+    """Attention in three phases, the cache write and the merge of attention states."""
     return (
-        _kernel("attention", "decode", "hal_ops.attention.triton_decode:decode", _DECODE, ("kv_dtype", True)),
-        _kernel("kv_cache_write", "call", "hal_ops.kv_cache.triton_write:write", _WRITE, ("kv_dtype", False)),
-        _kernel("merge_attention_states", "call", "hal_ops.merge_states.triton_merge:merge", _MERGE, None),
+        _kernel("attention", "prefill", "hal_ops.attention.triton_prefill:prefill", _ATTENTION, _PREFILL_ON),
+        _kernel("attention", "extend", "hal_ops.attention.triton_extend:extend", _EXTEND, _EXTEND_ON, _cache_of_q),
+        _kernel("attention", "decode", "hal_ops.attention.triton_decode:decode", _DECODE, _DECODE_ON, _cache_of_q),
+        _kernel("kv_cache_write", "call", "hal_ops.kv_cache.triton_write:write", _WRITE, check=_cache_format),
+        _kernel("merge_attention_states", "call", "hal_ops.merge_states.triton_merge:merge", _MERGE),
     )
 
 
-def _kernel(op: str, phase: str, target: str, fields: Fields, cache: tuple[str, bool] | None) -> Kernel:
-    """``cache``: the field that names a format, and whether one that is not FP8 must be the request's own."""
-
-    def check(request: Request, device: Device) -> Sequence[Reason]:
-        assert cache is not None
-        return _format_reasons(request, device, *cache)
-
+def _kernel(
+    op: str,
+    phase: str,
+    target: str,
+    fields: Fields,
+    priorities: Mapping[str, int] | None = None,
+    check: Callable[[Request, Device], Sequence[Reason]] | None = None,
+) -> Kernel:
     return Kernel(
         name=f"triton.{op if phase == 'call' else phase}",
         op=op,
         phase=phase,
         target=target,
         priority=Band.PORTABLE + 50,
+        priorities=priorities or {},
         platforms=_PLATFORMS,
         needs=_NEEDS,
         capabilities=frozenset({"triton"}),
         fields={**fields, "deterministic": _FLAG, "graph": _FLAG},
-        check=None if cache is None else check,
+        check=check,
         evidence=_EVIDENCE,
     )
 
 
-def _format_reasons(request: Request, device: Device, field: str, same: bool) -> list[Reason]:
-    """FP8 formats are those that Triton converts on the device; the platforms say which."""
-    given, own = getattr(request, field), request.dtype  # type: ignore[attr-defined]
-    if not is_fp8(given):
-        if given == own or not same:
-            return []
-        text = f"{field} {given} with dtype {own}: the cache is in the dtype of the queries, or in an FP8 format"
-        return [Reason("dtype", text, field, given, own)]
-    needed = f"triton_{given.replace('float8', 'fp8')}"
-    if needed in device.capabilities:
+def _cache_of_q(request: Request, device: Device) -> Sequence[Reason]:
+    """Attention reads a cache of q's format, or an FP8 one that Triton converts on the device."""
+    assert isinstance(request, AttentionRequest)
+    given, own = request.kv_dtype, request.dtype
+    if is_fp8(given) or given == own:
+        return _cache_format(request, device)
+    text = f"kv_dtype {given} with dtype {own}: the cache is in the dtype of the queries, or in an FP8 format"
+    return [Reason("dtype", text, "kv_dtype", given, own)]
+
+
+def _cache_format(request: Request, device: Device) -> Sequence[Reason]:
+    """Which FP8 formats Triton converts is said by the device's platform."""
+    assert isinstance(request, AttentionRequest | KvCacheWriteRequest)
+    given = request.kv_dtype
+    if not is_fp8(given) or f"triton_{given.replace('float8', 'fp8')}" in device.capabilities:
         return []
-    return [Reason("capability_missing", f"Triton does not convert {given} on {device.arch.name}", field, given)]
+    return [Reason("capability_missing", f"Triton does not convert {given} on {device.arch.name}", "kv_dtype", given)]
 
 
-_DECODE: Fields = {
+_ATTENTION: Fields = {
     "num_q_heads": Anything((1, 6, 14)),
     "num_kv_heads": Anything((1, 2)),
     "head_dim": Range(1, 256, (64, 80, 192)),
     "v_head_dim": Range(1, 256, (64, 80, 128)),
     "dtype": OneOf(*_FLOATS),
-    "kv_dtype": OneOf(*_FLOATS, *FP8_DTYPES),
-    "page_size": Range(1, None, (16, 48, 64, 256)),
-    "kv_layout": OneOf("NHD", "HND"),
-    "max_q_len": Range(1, 16, (4,)),
     "causal": OneOf(True, False),
     "window": Windows(),
     "softcap": Range(0, None, (30.0,)),
     "sinks": _FLAG,
     "alibi": _FLAG,
     "softmax_scale": Anything((0.3,)),
-    "kv_scale": OneOf("tensor", "head"),
     "return_lse": _FLAG,
 }
+_EXTEND: Fields = {
+    **_ATTENTION,
+    "kv_dtype": OneOf(*_FLOATS, *FP8_DTYPES),
+    "page_size": Range(1, None, (16, 48, 64, 256)),
+    "kv_layout": OneOf("NHD", "HND"),
+    "kv_scale": OneOf("tensor", "head"),
+}
+_DECODE: Fields = {**_EXTEND, "max_q_len": Range(1, 16, (4,))}
+_PREFILL_ON = {"sm_90": Band.PERFORMANT + 50}
+_EXTEND_ON = {"sm_90": Band.SPECIALIZED + 5}
+_DECODE_ON = {"sm_90": Band.SPECIALIZED + 45}
+"""Where the kernels were measured beside the vendors' libraries: ``benchmarks/results``, on an H200."""
 _WRITE: Fields = {
     "num_kv_heads": Anything((1, 2)),
     "head_dim": Range(1, None, (64, 80)),

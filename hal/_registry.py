@@ -123,7 +123,7 @@ class Registry:
             raise RegistrationError(
                 f"kernel {kernel.name!r} of {source} is registered by {other} already", name=kernel.name
             )
-        if kernel.band == Band.PLUGIN and source.ours:
+        if source.ours and Band.PLUGIN in map(Band.of, (kernel.priority, *kernel.priorities.values())):
             raise RegistrationError(
                 f"kernel {kernel.name!r}: the PLUGIN band is for others' distributions", name=kernel.name
             )
@@ -164,10 +164,10 @@ class Registry:
             )
         return self.ops[name]
 
-    def candidates(self, op: str, phase: str) -> tuple[Kernel, ...]:
-        """Kernels of one phase, best first: by priority, then by name. Import order plays no part."""
+    def candidates(self, op: str, phase: str, device: Device | None = None) -> tuple[Kernel, ...]:
+        """Kernels of one phase, best first: by priority (on ``device``), then by name. Import order plays no part."""
         found = (k for k in self.kernels.values() if (k.op, k.phase) == (op, phase))
-        return tuple(sorted(found, key=lambda k: (-k.priority, k.name)))
+        return tuple(sorted(found, key=lambda k: (-(k.priority_on(device) if device else k.priority), k.name)))
 
     def check_name(self, name: str, op: str, source: str) -> None:
         """Make sure that ``name`` is a kernel or library of ``op``.

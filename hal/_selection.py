@@ -55,13 +55,14 @@ class Candidate:
     evidence: str = "claimed"
     microseconds: float | None = None
     notes: tuple[str, ...] = ()
+    priority: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready facts."""
         facts: dict[str, Any] = {
             "kernel": self.kernel.name,
             "status": self.status,
-            "priority": int(self.kernel.priority),
+            "priority": int(self.priority),
         }
         facts.update(evidence=self.evidence, reasons=[r.as_dict() for r in self.reasons])
         if self.microseconds is not None:
@@ -231,7 +232,7 @@ def _check_settings(settings: _settings.Settings, registry: Registry) -> None:
 
 
 def _choose(op: Op, phase: str, request: Request, forced: Forced | None, around: Circumstances) -> PhaseChoice:
-    kernels = around.registry.candidates(op.name, phase)
+    kernels = around.registry.candidates(op.name, phase, around.device)
     reasons = {k.name: why_not(k, request, around) for k in kernels}
     eligible = [k for k in kernels if not reasons[k.name]]
     times = _measurements(around)
@@ -239,7 +240,7 @@ def _choose(op: Op, phase: str, request: Request, forced: Forced | None, around:
     pool = [k for k in order if forced is None or k.answers_to(forced.name)]
     chosen = pool[0] if pool else None
     candidates = []
-    for kernel in sorted(kernels, key=lambda k: _rank(k, chosen, order, forced)):
+    for kernel in sorted(kernels, key=lambda k: _rank(k, chosen, order, forced, around)):
         why = list(reasons[kernel.name])
         if forced is not None and not kernel.answers_to(forced.name):
             why.append(Reason("not_forced", f"{forced.source} asks for {forced.name}", "setting"))
@@ -248,11 +249,13 @@ def _choose(op: Op, phase: str, request: Request, forced: Forced | None, around:
     return PhaseChoice(phase, chosen, tuple(candidates), forced, measured and forced is None)
 
 
-def _rank(kernel: Kernel, chosen: Kernel | None, order: list[Kernel], forced: Forced | None) -> tuple[Any, ...]:
+def _rank(
+    kernel: Kernel, chosen: Kernel | None, order: list[Kernel], forced: Forced | None, around: Circumstances
+) -> tuple[Any, ...]:
     """Order of showing: the chosen one, those that were asked for, those that could serve, the rest."""
     asked = forced is not None and kernel.answers_to(forced.name)
     place = order.index(kernel) if kernel in order else len(order)
-    return (kernel is not chosen, not asked, place, -kernel.priority, kernel.name)
+    return (kernel is not chosen, not asked, place, -kernel.priority_on(around.device), kernel.name)
 
 
 def _candidate(
@@ -266,7 +269,7 @@ def _candidate(
     ]
     if kernel.copies:
         notes.append(f"copies {kernel.copies}")
-    return Candidate(kernel, status, tuple(why), evidence, time, tuple(notes))
+    return Candidate(kernel, status, tuple(why), evidence, time, tuple(notes), kernel.priority_on(around.device))
 
 
 def fallbacks(selection: Selection) -> Iterator[PhaseChoice]:

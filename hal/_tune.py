@@ -93,7 +93,7 @@ def _contenders(
     op: Op, phase: str, request: Request, around: Circumstances, say: Callable[[str], None]
 ) -> list[Kernel]:
     """The kernels of a phase that can serve the request here, all of them verified for it."""
-    able = [k for k in around.registry.candidates(op.name, phase) if not refusals(k, request, around)]
+    able = [k for k in around.registry.candidates(op.name, phase, around.device) if not refusals(k, request, around)]
     fast = [k for k in able if k.band != Band.REFERENCE]
     return [k for k in fast if len(fast) > 1 and _right(k, phase, request, around, say)]
 

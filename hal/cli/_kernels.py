@@ -54,6 +54,7 @@ def _kernel(kernel: Any, source: Any) -> dict[str, Any]:
         "library": kernel.library,
         "band": kernel.band.name.lower(),
         "priority": kernel.priority,
+        "priorities": dict(kernel.priorities),
         "platforms": {name: archs.words() for name, archs in kernel.platforms.items()},
         "needs": [_need(n) for n in kernel.needs],
         "runtime": kernel.runtime,

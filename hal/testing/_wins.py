@@ -61,8 +61,9 @@ def _why(kernel: Kernel, home: str | Device, plugin: Plugin) -> str:
         return "it is not registered: plug the platform in first"
     if mine.reasons:
         return "; ".join(str(r) for r in mine.reasons)
-    first = "nothing" if choice.kernel is None else f"{choice.kernel.name} (priority {choice.kernel.priority})"
-    return f"{first} comes before it (priority {kernel.priority})"
+    best = next((c for c in choice.candidates if c.status == "chosen"), None)
+    first = "nothing" if best is None else f"{best.kernel.name} (priority {best.priority})"
+    return f"{first} comes before it (priority {mine.priority})"
 
 
 def simulated_homes(kernel: Kernel, registry: Registry) -> Iterator[Device]:
