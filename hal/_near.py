@@ -59,10 +59,12 @@ def near_misses(selection: Selection) -> tuple[NearMiss, ...]:
                 change = _smallest_change(kernel, candidate.reasons, selection.request, selection.around)
                 if change is not None:
                     found.setdefault(change, []).append((kernel, candidate.priority > chosen))
-    ranked = sorted(
-        found.items(),
-        key=lambda item: (len(item[0][0]) + len(item[0][1]), -max(k.priority_on(selection.device) for k, _ in item[1])),
-    )
+
+    def rank(item: tuple[tuple[Any, ...], list[tuple[Kernel, bool]]]) -> tuple[int, int]:
+        (changes, install), kernels = item
+        return len(changes) + len(install), -max(k.priority_on(selection.device) for k, _ in kernels)
+
+    ranked = sorted(found.items(), key=rank)
     return tuple(
         NearMiss(tuple(k.name for k, _ in kernels), changes, install, any(first for _, first in kernels))
         for (changes, install), kernels in ranked

@@ -8,7 +8,7 @@ from hal import _portable_ops, _portable_triton
 from hal._arch import Arch
 from hal._constraints import Anything, Constraint, OneOf, Range, Windows
 from hal._device import Evidence, Probe
-from hal._kernel import Band, Kernel, Needs
+from hal._kernel import Band, Kernel
 from hal._platform import Platform
 from hal_ops import FP8_DTYPES, Op
 from hal_ops.attention import ATTENTION
@@ -17,7 +17,6 @@ from hal_ops.merge_states import MERGE_STATES
 
 __all__ = ["PortablePlatform"]
 
-_TORCH = Needs("torch", ">=2.6", install="`pip install torch`")
 _SLOW = "float32 reference, slow"
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
@@ -76,7 +75,7 @@ def _attention(phase: str) -> Kernel:
         target=f"hal_ops.attention.reference:{phase}",
         priority=Band.REFERENCE,
         fields=fields,
-        needs=(_TORCH,),
+        needs=(_portable_ops.TORCH,),
         note=_SLOW,
     )
 
@@ -118,7 +117,7 @@ def _call_kernels(op: Op, target: str, fields: dict[str, Constraint]) -> tuple[K
             priority=band,
             fields=fields,
             evidence={"x86_64": "run"},
-            needs=(_TORCH,),
+            needs=(_portable_ops.TORCH,),
             note=note,
         )
         for library, code, band, note in ranks

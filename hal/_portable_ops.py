@@ -15,7 +15,7 @@ from hal_ops.rms_norm import RMS_NORM
 from hal_ops.rotary_embedding import ROTARY_EMBEDDING
 from hal_ops.silu_and_mul import SILU_AND_MUL
 
-__all__ = ["OPS", "kernels"]
+__all__ = ["OPS", "TORCH", "TRITON", "kernels"]
 
 OPS: tuple[Op, ...] = (
     RMS_NORM,
@@ -36,8 +36,8 @@ _MODULES = {
     "rotary_embedding": "rotary",
     "fp8_quantize": "quantize",
 }
-_TORCH = Needs("torch", ">=2.6", install="`pip install torch`")
-_TRITON = Needs("triton", ">=3.2", ("triton", "pytorch-triton", "pytorch-triton-rocm"))
+TORCH = Needs("torch", ">=2.6", install="`pip install torch`")
+TRITON = Needs("triton", ">=3.2", ("triton", "pytorch-triton", "pytorch-triton-rocm"))
 _HALVES = ("float32", "bfloat16", "float16")
 _FORMATS = OneOf(*_HALVES, "float64")
 _FLAG = OneOf(False, True)
@@ -64,7 +64,7 @@ def _triton(op: Op) -> Kernel:
         target=f"hal_ops.{name}.triton_{_MODULES[name]}:{name}",
         priority=Band.PORTABLE + 50,
         capabilities=frozenset({"triton"}),
-        needs=(_TORCH, _TRITON),
+        needs=(TORCH, TRITON),
         fields={**_narrow(_fields(op)), "graph": _FLAG, **held},
         evidence={**dict.fromkeys(_RUN, "run"), **dict.fromkeys(_COMPILED, "compiled"), "*": "claimed"},
     )
@@ -80,7 +80,7 @@ def _torch(op: Op) -> Kernel:
         phase="call",
         target=f"hal_ops.{op.name}.torch_{_MODULES[op.name]}:{op.name}",
         priority=Band.PORTABLE,
-        needs=(_TORCH,),
+        needs=(TORCH,),
         fields={**_fields(op), **least, "graph": _FLAG, **gradient},
         evidence={"x86_64": "run", **dict.fromkeys(_RUN, "run")},
         note="torch ops",

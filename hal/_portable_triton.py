@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from hal._constraints import Anything, Constraint, OneOf, Range, Windows
 from hal._device import Device
-from hal._kernel import Archs, Band, Kernel, Needs
+from hal._kernel import Band, Kernel
+from hal._portable_ops import TORCH, TRITON
 from hal._reason import Reason
 from hal_ops import FP8_DTYPES, Request, is_fp8
 from hal_ops.attention import AttentionRequest
@@ -14,15 +15,6 @@ from hal_ops.kv_cache import KvCacheWriteRequest
 
 __all__ = ["kernels"]
 
-_PLATFORMS = {
-    "nvidia": Archs(at_least="sm_80"),
-    "rocm": Archs(only=("gfx90a", "gfx942", "gfx950", "gfx11*", "gfx12*")),
-    "musa": Archs(),
-}
-_NEEDS = (
-    Needs("torch", ">=2.6", install="`pip install torch`"),
-    Needs("triton", ">=3.2", ("triton", "pytorch-triton", "pytorch-triton-rocm")),
-)
 _COMPILED = ("sm_80", "sm_100", "sm_120", "gfx942", "gfx950", "gfx1100")
 _EVIDENCE = {"sm_90": "run", **dict.fromkeys(_COMPILED, "compiled"), "*": "claimed"}
 _FLOATS = ("float16", "bfloat16", "float32")
@@ -57,8 +49,7 @@ def _kernel(
         target=target,
         priority=Band.PORTABLE + 50,
         priorities=priorities or {},
-        platforms=_PLATFORMS,
-        needs=_NEEDS,
+        needs=(TORCH, TRITON),
         capabilities=frozenset({"triton"}),
         fields={**fields, "deterministic": _FLAG, "graph": _FLAG},
         check=check,

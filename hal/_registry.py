@@ -19,6 +19,7 @@ from hal.errors import RegistrationError, UnknownKernelError, UnknownOpError, di
 from hal_ops import Op
 
 if TYPE_CHECKING:
+    from hal._device import Device
     from hal._errata import Erratum
 
 __all__ = ["Registry", "Source"]

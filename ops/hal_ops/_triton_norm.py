@@ -22,7 +22,7 @@ from hal_ops._launch import Launch
 from hal_ops._triton_rows import aligned, block_size, row_start
 from hal_ops.rows import Rows, fold
 
-__all__ = ["CONFIGS", "RMS_CONFIGS", "NormConfig", "NormRows", "config_for", "norm_long_rows", "norm_rows"]
+__all__ = ["CONFIGS", "NormConfig", "NormRows", "RMS_CONFIGS", "config_for", "norm_long_rows", "norm_rows"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -75,6 +75,7 @@ def requests() -> dict[str, Any]:
         "alibi": AttentionRequest(**base, alibi=True),
         "speculative": AttentionRequest(**base, max_q_len=4),
         "training": AttentionRequest(**base, needs_grad=True),
+        "training float32": AttentionRequest(**base, dtype="float32", needs_grad=True),
         "deterministic with lse": AttentionRequest(**base, deterministic=True, return_lse=True),
         "kv float8_e5m2 per head": AttentionRequest(**base, kv_dtype="float8_e5m2", kv_scale="head"),
         "graph": AttentionRequest(**base, graph=True),

@@ -11,7 +11,7 @@ import dataclasses
 from array import array
 from collections.abc import Iterator, Sequence
 
-__all__ = ["FIELDS", "Cut", "Work", "most_items", "work_of"]
+__all__ = ["Cut", "FIELDS", "Work", "most_items", "work_of"]
 
 FIELDS = 8
 """Numbers an item: see :mod:`hal_ops.attention._triton_decode_kernels`."""

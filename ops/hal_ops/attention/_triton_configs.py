@@ -13,7 +13,7 @@ from hal_ops._dtypes import is_fp8
 from hal_ops.attention._triton_features import cut
 from hal_ops.attention.request import AttentionRequest
 
-__all__ = ["DEFAULT", "HOPPER_EXTEND", "HOPPER_PREFILL", "TABLE", "WIDE", "Config", "Hopper", "config_of", "hopper_of"]
+__all__ = ["Config", "DEFAULT", "HOPPER_EXTEND", "HOPPER_PREFILL", "Hopper", "TABLE", "WIDE", "config_of", "hopper_of"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 from fnmatch import fnmatchcase
 
-__all__ = ["CONFIGS", "DEFAULT", "Config", "config_of", "configs_of"]
+__all__ = ["CONFIGS", "Config", "DEFAULT", "config_of", "configs_of"]
 
 
 @dataclasses.dataclass(frozen=True)

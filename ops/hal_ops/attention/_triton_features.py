@@ -10,7 +10,7 @@ from hal_ops._dtypes import is_fp8
 from hal_ops.attention import masks
 from hal_ops.attention.request import AttentionRequest
 
-__all__ = ["DTYPES", "MAX_HEAD_DIM", "Features", "check", "cut", "pack_heads"]
+__all__ = ["DTYPES", "Features", "MAX_HEAD_DIM", "check", "cut", "pack_heads"]
 
 DTYPES = ("float16", "bfloat16", "float32")
 """Formats of q, of the output, and of k, v and a cache that is not FP8."""

@@ -12,7 +12,7 @@ from hal_ops._dtypes import torch_dtype
 from hal_ops.fp8_quantize.op import Fp8QuantizeRequest
 from hal_ops.rows import check_out
 
-__all__ = ["SMALLEST_SCALE", "Pair", "check_scale", "fp8_quantize", "outputs", "scales_shape"]
+__all__ = ["Pair", "SMALLEST_SCALE", "check_scale", "fp8_quantize", "outputs", "scales_shape"]
 
 Pair = tuple[Tensor, Tensor]
 SMALLEST_SCALE = 2.0**-126

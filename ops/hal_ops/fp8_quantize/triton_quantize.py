@@ -28,7 +28,7 @@ from hal_ops.fp8_quantize.op import Fp8QuantizeRequest
 from hal_ops.fp8_quantize.reference import SMALLEST_SCALE, Pair, check_scale, outputs, scales_shape
 from hal_ops.rows import Rows, check_input, check_out, fold, refuse_grad
 
-__all__ = ["FORMATS", "LARGEST", "Fp8Format", "fp8_quantize", "largest_values", "quantize_groups"]
+__all__ = ["FORMATS", "Fp8Format", "LARGEST", "fp8_quantize", "largest_values", "quantize_groups"]
 
 LARGEST = 16384
 """Most elements of a group that is held in the registers of one program."""

@@ -18,7 +18,7 @@ from typing import Any
 
 import hal
 
-__all__ = ["DISTRIBUTIONS", "Build", "build"]
+__all__ = ["Build", "DISTRIBUTIONS", "build"]
 
 DISTRIBUTIONS = ("flash-attn-3", "tokenspeed-fa3")
 _HEAD_DIMS = (64, 96, 128, 192, 256)

@@ -109,7 +109,11 @@ class _Prefill:
     def _rows(
         self, q: Tensor, k: Tensor, v: Tensor, q_lens: Sequence[int], kv_lens: Sequence[int], return_lse: bool
     ) -> Pair:
-        queries, keys, values = torch.split(q, q_lens), torch.split(k, kv_lens), torch.split(v, kv_lens)
+        queries, keys, values = (
+            torch.split(q, list(q_lens)),
+            torch.split(k, list(kv_lens)),
+            torch.split(v, list(kv_lens)),
+        )
         outs, lses = [], []
         for a, b, c in zip(queries, keys, values, strict=True):
             if a.shape[0]:
