@@ -3,6 +3,10 @@
 Those of sm_90 are the fastest of a sweep on an H200 (``benchmarks/attention.py --sweep``); those of other archs follow
 from their shared memory, registers and matrix instructions, and are compiled ahead of time for each. An unknown arch
 gets the smallest, which fits 64 KiB of shared memory.
+
+A row serves the archs that it stands under, no others: that of gfx942 for heads of 128, compiled for sm_90 by Triton 3.6
+with its own ptxas (12.8.93), gave wrong values and illegal reads at head dim 80, and right ones with the ptxas of CUDA 13.0
+(seen on an H200; all rows of NVIDIA's archs were right with both).
 """
 
 from __future__ import annotations
