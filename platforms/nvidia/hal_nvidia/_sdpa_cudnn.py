@@ -3,6 +3,9 @@
 Its causal mask is aligned to the *first* key. So it is used where queries and keys are equally many; elsewhere rows are
 cut off that see no key, or q is padded in front until both are equally many. A mask tensor would do as well, but with
 one the backward pass gives NaN (pytorch/pytorch#196678).
+
+Its backward pass refuses one query over one key ("s_q = s_kv = 1 is not supported", torch 2.11 on an H200). There the
+weight is 1, and torch multiplies.
 """
 
 from __future__ import annotations
@@ -77,9 +80,17 @@ class _Prefill:
         # The LSE has a fourth dim of 1 since torch 2.9.
         return found[0].transpose(1, 2), found[1].reshape(q.shape[:3]).transpose(1, 2) if return_lse else None
 
+    def _lone_key(self, q: Tensor, k: Tensor, v: Tensor) -> Pair:
+        group = self._request.group_size
+        scores = (q.float() * k.repeat_interleave(group, 2)).sum(-1) * self._scale
+        weights = scores.unsqueeze(-1).softmax(-1).to(v.dtype)
+        return weights * v.repeat_interleave(group, 2), scores
+
     def _batch(self, q: Tensor, k: Tensor, v: Tensor, return_lse: bool) -> Pair:
         """A dense batch, ``[batch, len, heads, dim]``, with any two lengths."""
         q_len, kv_len = q.shape[1], k.shape[1]
+        if self._needs_grad and q_len == kv_len == 1:
+            return self._lone_key(q, k, v)
         if not self._causal or q_len == 1 or q_len == kv_len:
             return self._square(q, k, v, self._causal and q_len > 1, return_lse)
         if q_len < kv_len:
@@ -109,11 +120,8 @@ class _Prefill:
     def _rows(
         self, q: Tensor, k: Tensor, v: Tensor, q_lens: Sequence[int], kv_lens: Sequence[int], return_lse: bool
     ) -> Pair:
-        queries, keys, values = (
-            torch.split(q, list(q_lens)),
-            torch.split(k, list(kv_lens)),
-            torch.split(v, list(kv_lens)),
-        )
+        wanted, stored = list(q_lens), list(kv_lens)
+        queries, keys, values = torch.split(q, wanted), torch.split(k, stored), torch.split(v, stored)
         outs, lses = [], []
         for a, b, c in zip(queries, keys, values, strict=True):
             if a.shape[0]:

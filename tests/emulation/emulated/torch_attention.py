@@ -5,7 +5,7 @@
   inf to a multiple of 32, and 0 for a row without keys, whose output is left as it is if ``v_head_dim``
   is above 128, as the gradient of its q always is. A causal sequence with more queries than keys comes out wrong.
 * ``_scaled_dot_product_cudnn_attention``: ``[batch, heads, len, dim]``, causal from the first key; a last dim of
-  1 in the LSE.
+  1 in the LSE; no backward of one query over one key.
 
 Each has the backward pass that torch's autograd calls.
 """
@@ -126,6 +126,7 @@ def _cudnn_backward(
     scale: float,
 ) -> Any:  # fmt: skip
     require(lse.numel() > 0, "the backward pass needs the LSE: compute_log_sumexp")
+    require((q.shape[2], k.shape[2]) != (1, 1), "cuDNN Frontend error: s_q = s_kv = 1 is not supported.")
     require(not causal or q.shape[2] == k.shape[2], "only as many queries as keys are emulated")
     parts = (x.transpose(1, 2) for x in (grad, q, k, v))
     return tuple(x.transpose(1, 2) for x in _gradients(*parts, None, None, scale, (None, 0 if causal else None)))
