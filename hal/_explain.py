@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from hal._kernel import Band
+from hal._reason import Reason
 from hal._selection import PRECEDENCE, Candidate, PhaseChoice, Selection
 
 __all__ = ["as_dict", "render", "render_failure"]
 
 _GAP = 10
+_OTHER_HARDWARE = {"wrong_vendor": "vendors' devices", "arch_not_listed": "archs", "arch_too_low": "archs"}
 
 
 def render(selection: Selection) -> str:
@@ -69,17 +71,30 @@ def _phase(choice: PhaseChoice, width: int) -> Iterator[str]:
             status = candidate.status if i == 0 else ""
             yield _row(label, f"{name:<{width}}  {status:<8}  {text}".rstrip())
             label = ""
-    others = sorted({c.kernel.library for c in choice.candidates if _elsewhere(c, choice)})
-    if others:
-        yield _row(label, f"for other vendors' devices only: {', '.join(others)}")
+    for where, others in _others(choice).items():
+        yield _row(label, f"for other {where} only: {', '.join(others)}")
+        label = ""
     if not choice.candidates:
         yield _row(label, "nothing is registered for this phase")
 
 
-def _elsewhere(candidate: Candidate, choice: PhaseChoice) -> bool:
-    """Whether a kernel is for other vendors' hardware, and nobody asked for it: one line names them all."""
-    asked = choice.forced is not None and candidate.kernel.answers_to(choice.forced.name)
-    return not asked and any(r.code == "wrong_vendor" for r in candidate.reasons)
+def _elsewhere(candidate: Candidate, choice: PhaseChoice) -> Reason | None:
+    """Why a kernel is for other hardware, unless somebody asked for it: one line names them all."""
+    if choice.forced is not None and candidate.kernel.answers_to(choice.forced.name):
+        return None
+    return next((r for r in candidate.reasons if r.code in _OTHER_HARDWARE), None)
+
+
+def _others(choice: PhaseChoice) -> dict[str, list[str]]:
+    """The libraries for other vendors' devices; and the kernels for other archs of this vendor, with those archs."""
+    found: dict[str, list[str]] = {}
+    for candidate in choice.candidates:
+        reason = _elsewhere(candidate, choice)
+        if reason is not None:
+            where, kernel = _OTHER_HARDWARE[reason.code], candidate.kernel
+            text = kernel.library if reason.code == "wrong_vendor" else f"{kernel.name} ({reason.allowed})"
+            found.setdefault(where, []).append(text)
+    return {where: sorted(set(texts)) for where, texts in sorted(found.items())}
 
 
 def _describe(candidate: Candidate) -> list[str]:

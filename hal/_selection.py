@@ -252,10 +252,11 @@ def _choose(op: Op, phase: str, request: Request, forced: Forced | None, around:
 def _rank(
     kernel: Kernel, chosen: Kernel | None, order: list[Kernel], forced: Forced | None, around: Circumstances
 ) -> tuple[Any, ...]:
-    """Order of showing: the chosen one, those that were asked for, those that could serve, the rest."""
+    """Order of showing: the chosen one, those that were asked for, those that could serve, those for this vendor, others."""
     asked = forced is not None and kernel.answers_to(forced.name)
     place = order.index(kernel) if kernel in order else len(order)
-    return (kernel is not chosen, not asked, place, -kernel.priority_on(around.device), kernel.name)
+    elsewhere = bool(kernel.platforms) and around.device.platform not in kernel.platforms
+    return (kernel is not chosen, not asked, place, elsewhere, -kernel.priority_on(around.device), kernel.name)
 
 
 def _candidate(
