@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
+from hal_ops import record
+
 __all__ = ["Arch"]
 
 
-@dataclasses.dataclass(frozen=True)
+@record(frozen=True)
 class Arch:
     """One hardware generation, as its platform names it.
 

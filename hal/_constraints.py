@@ -7,11 +7,10 @@ kind of constraint, subclass :class:`Constraint` and answer the four.
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
 from typing import Any
 
-from hal_ops import Request
+from hal_ops import Request, record
 
 __all__ = ["Anything", "Constraint", "Either", "MultipleOf", "OneOf", "Pairs", "Range", "SameAs", "Windows"]
 
@@ -36,7 +35,7 @@ class Constraint(ABC):
         return ()
 
 
-@dataclasses.dataclass(frozen=True)
+@record(frozen=True)
 class Anything(Constraint):
     """Every value is handled. ``samples`` are the ones tested."""
 
@@ -52,7 +51,7 @@ class Anything(Constraint):
         return self.samples
 
 
-@dataclasses.dataclass(frozen=True, init=False)
+@record(frozen=True)
 class OneOf(Constraint):
     """A closed set: ``OneOf("float16", "bfloat16")``."""
 
@@ -78,7 +77,7 @@ class OneOf(Constraint):
         return self.values
 
 
-@dataclasses.dataclass(frozen=True)
+@record(frozen=True)
 class Range(Constraint):
     """Numbers from ``low`` to ``high``, both included; None is open."""
 
@@ -103,7 +102,7 @@ class Range(Constraint):
         return tuple(dict.fromkeys((*ends, *self.samples)))
 
 
-@dataclasses.dataclass(frozen=True)
+@record(frozen=True)
 class MultipleOf(Constraint):
     """Multiples of ``step`` from ``low`` (default: ``step``) to ``high`` (None is open)."""
 
@@ -131,7 +130,7 @@ class MultipleOf(Constraint):
         return self.step if self.low is None else self.low
 
 
-@dataclasses.dataclass(frozen=True)
+@record(frozen=True)
 class SameAs(Constraint):
     """The value of another field: ``v_head_dim=SameAs("head_dim")``."""
 
@@ -150,7 +149,7 @@ class SameAs(Constraint):
         return (getattr(request, self.field),)
 
 
-@dataclasses.dataclass(frozen=True, init=False)
+@record(frozen=True)
 class Pairs(Constraint):
     """Combinations with another field: ``v_head_dim=Pairs("head_dim", (128, 128), (192, 128))``.
 
@@ -174,7 +173,7 @@ class Pairs(Constraint):
         return tuple(own for other, own in self.pairs if other == getattr(request, self.field))
 
 
-@dataclasses.dataclass(frozen=True)
+@record(frozen=True)
 class Windows(Constraint):
     """Sliding windows ``(left, right)``: which sides may be limited. Under a causal mask the right one is no limit."""
 
@@ -198,7 +197,7 @@ class Windows(Constraint):
         return (*lefts, *rights, *both)
 
 
-@dataclasses.dataclass(frozen=True, init=False)
+@record(frozen=True)
 class Either(Constraint):
     """What at least one of several constraints admits: ``Either(SameAs("head_dim"), Pairs("head_dim", (192, 128)))``."""
 

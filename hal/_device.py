@@ -7,11 +7,12 @@ from typing import Any
 
 from hal._arch import Arch
 from hal._version import Version
+from hal_ops import record
 
 __all__ = ["Device", "Evidence", "Probe"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@record(frozen=True, kw_only=True)
 class Device:
     """One accelerator (or the CPU). Frozen, hashable, and the same type for real and simulated hardware.
 
@@ -82,7 +83,7 @@ class Device:
         return f"{label}{self.id} ({self.name or self.arch.name}, {self.arch.name})"
 
 
-@dataclasses.dataclass(frozen=True)
+@record(frozen=True)
 class Evidence:
     """What one source of a probe saw or missed. ``found`` counts devices; ``remedy`` is the next step, if any."""
 
@@ -95,7 +96,7 @@ class Evidence:
         return f"{self.source}: {self.text}" + (f"; {self.remedy}" if self.remedy else "")
 
 
-@dataclasses.dataclass(frozen=True)
+@record(frozen=True)
 class Probe:
     """A platform's answer: its devices, and the evidence for what it found or missed."""
 

@@ -17,15 +17,15 @@ from hal._reason import Reason
 from hal._registry import Registry
 from hal._settings import Settings
 from hal._version import Version
-from hal_ops import AUTO, Request
+from hal_ops import AUTO, Request, record
 
 if TYPE_CHECKING:
     from hal._errata import Erratum
 
-__all__ = ["Circumstances", "why_not"]
+__all__ = ["Circumstances", "eligible", "why_not"]
 
 
-@dataclasses.dataclass(frozen=True)
+@record(frozen=True)
 class Circumstances:
     """What a decision depends on beside the request and the kernel."""
 
@@ -43,15 +43,22 @@ class Circumstances:
 
 def why_not(kernel: Kernel, request: Request, around: Circumstances) -> list[Reason]:
     """All reasons, hardware and installation before the request's fields. Fields left open are not judged."""
-    return [
-        *_known_bad(kernel, request, around),
-        *_on_record(kernel, request, around),
-        *_settings_say(kernel, around),
-        *_hardware(kernel, around),
-        *_libraries(kernel, around),
-        *_fields(kernel, request),
-        *_own_check(kernel, request, around),
-    ]
+    return list(_reasons(kernel, request, around))
+
+
+def eligible(kernel: Kernel, request: Request, around: Circumstances) -> bool:
+    """Whether there is no reason; the first one ends the search, so that most kernels cost one look at the device."""
+    return next(_hardware(kernel, around), None) is None and next(_reasons(kernel, request, around), None) is None
+
+
+def _reasons(kernel: Kernel, request: Request, around: Circumstances) -> Iterator[Reason]:
+    yield from _known_bad(kernel, request, around)
+    yield from _on_record(kernel, request, around)
+    yield from _settings_say(kernel, around)
+    yield from _hardware(kernel, around)
+    yield from _libraries(kernel, around)
+    yield from _fields(kernel, request)
+    yield from _own_check(kernel, request, around)
 
 
 def _known_bad(kernel: Kernel, request: Request, around: Circumstances) -> Iterator[Reason]:

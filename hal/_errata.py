@@ -16,14 +16,14 @@ from hal._kernel import Kernel
 from hal._libraries import installed
 from hal._reason import Reason
 from hal.errors import RegistrationError, did_you_mean
-from hal_ops import AUTO, Request
+from hal_ops import AUTO, Request, record
 
 __all__ = ["Erratum", "load_errata"]
 
 SEVERITIES = ("wrong", "crash", "slow")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@record(frozen=True, kw_only=True)
 class Erratum:
     """One known-bad row. It refuses the kernels it matches where every given condition holds.
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from hal._eligibility import Circumstances
 from hal._registry import Registry
 from hal.errors import UnknownKernelError
-from hal_ops import Op
+from hal_ops import Op, record
 
 if TYPE_CHECKING:
     from hal._lock import Locked
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["Forced", "forced_kernels"]
 
 
-@dataclasses.dataclass(frozen=True)
+@record(frozen=True)
 class Forced:
     """A kernel or library that something asks for, and what does."""
 

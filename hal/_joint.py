@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hal._eligibility import Circumstances, why_not
+from hal._eligibility import Circumstances, eligible
 from hal._forced import Forced
-from hal_ops import AUTO, Op, Request
+from hal_ops import AUTO, Op, Request, record
 
 __all__ = ["Job", "decide_open_fields"]
 
 
-@dataclasses.dataclass(frozen=True)
+@record(frozen=True)
 class Job:
     """One request on its way: exact for the device, with its phases and what forces them."""
 
@@ -78,6 +77,6 @@ def _score(jobs: Sequence[Job], values: Mapping[str, Any] | None, around: Circum
 
 def _best_priority(op: Op, phase: str, request: Request, forced: Forced | None, around: Circumstances) -> int | None:
     for kernel in around.registry.candidates(op.name, phase, around.device):
-        if (forced is None or kernel.answers_to(forced.name)) and not why_not(kernel, request, around):
+        if (forced is None or kernel.answers_to(forced.name)) and eligible(kernel, request, around):
             return kernel.priority_on(around.device)
     return None

@@ -14,7 +14,7 @@ from hal._constraints import Constraint
 from hal._device import Device
 from hal._reason import Reason
 from hal.errors import RegistrationError, did_you_mean
-from hal_ops import Op, Request
+from hal_ops import Op, Request, record
 
 __all__ = ["Archs", "Band", "Kernel", "Needs"]
 
@@ -41,7 +41,7 @@ class Band(enum.IntEnum):
         return cls(min(priority // 100 * 100, cls.PLUGIN))
 
 
-@dataclasses.dataclass(frozen=True)
+@record(frozen=True)
 class Needs:
     """A library that must be installed: any one of ``distributions``, at a version in ``versions``.
 
@@ -61,7 +61,7 @@ class Needs:
         return self.distributions or (self.library,)
 
 
-@dataclasses.dataclass(frozen=True)
+@record(frozen=True)
 class Archs:
     """Archs of one platform: an allow-list (``only``, shell patterns such as ``gfx11*`` may be used) or a minimum.
 
@@ -87,7 +87,7 @@ class Archs:
         return "arch_too_low" if arch < least else ""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@record(frozen=True, kw_only=True)
 class Kernel:
     """What one implementation declares. Data: nothing is imported until the kernel is selected.
 

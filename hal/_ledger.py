@@ -20,14 +20,14 @@ from hal._kernel import Kernel
 from hal._libraries import installed
 from hal._version import Version
 from hal.errors import HalError
-from hal_ops import AUTO, Request
+from hal_ops import AUTO, Request, record
 
 __all__ = ["Ledger", "Row", "identity"]
 
 FORMAT = 1
 
 
-@dataclasses.dataclass(frozen=True)
+@record(frozen=True)
 class Row:
     """One result: ``status`` is ``"verified"`` or ``"failed"``; ``corner`` is ``Request.corner(phase)``.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import dataclasses
 import functools
 import importlib.machinery
 import importlib.metadata
@@ -15,11 +14,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from hal._version import Version
+from hal_ops import record
 
 __all__ = ["Library", "has_module", "installed", "normalize", "simulated_libraries", "simulating", "torch_build"]
 
 
-@dataclasses.dataclass(frozen=True)
+@record(frozen=True)
 class Library:
     """A library that kernels are adapted from.
 

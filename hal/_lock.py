@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from hal._eligibility import Circumstances
 from hal._ledger import identity, write_json
 from hal.errors import LockError, RankMismatchError
-from hal_ops import AUTO, Request
+from hal_ops import AUTO, Request, record
 
 if TYPE_CHECKING:
     from hal._selection import Selection
@@ -24,7 +24,7 @@ __all__ = ["assert_same_decisions", "diff_locks", "receipt", "write_lock"]
 FORMAT = 1
 
 
-@dataclasses.dataclass(frozen=True)
+@record(frozen=True)
 class Locked:
     """What the lock file says of a request."""
 

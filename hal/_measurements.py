@@ -18,7 +18,7 @@ from hal._eligibility import Circumstances
 from hal._kernel import Kernel
 from hal._ledger import file_stamp, identity, write_json
 from hal.errors import HalError
-from hal_ops import Request
+from hal_ops import Request, record
 
 __all__ = ["MARGIN", "Measurement", "Measurements", "request_key"]
 
@@ -27,7 +27,7 @@ MARGIN = 0.05
 """Share by which a kernel must be faster than the declared first to overtake it."""
 
 
-@dataclasses.dataclass(frozen=True)
+@record(frozen=True)
 class Measurement:
     """Median time of one kernel for one request; ``spread`` is the interquartile range, in microseconds."""
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from hal._eligibility import Circumstances, why_not
 from hal._kernel import Kernel
 from hal._reason import Reason
-from hal_ops import Request
+from hal_ops import Request, record
 
 if TYPE_CHECKING:
     from hal._selection import Selection
@@ -19,7 +18,7 @@ _INSTALL = ("not_installed", "version_too_old", "version_too_new")
 _SETTING = ("disabled_by_env", "not_forced", "not_strict", "unverified", "quarantined")
 
 
-@dataclasses.dataclass(frozen=True)
+@record(frozen=True)
 class NearMiss:
     """A change and the kernels that it would admit.
 

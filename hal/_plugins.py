@@ -7,7 +7,6 @@ asked for by name (``HAL_PLATFORM``, or the allow list of ``HAL_PLUGINS``).
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import importlib.metadata
 import logging
@@ -19,6 +18,7 @@ from hal import _settings
 from hal._platform import PLUGIN_API, Platform
 from hal._registry import Registry, Source
 from hal.errors import PluginError, SettingError, did_you_mean
+from hal_ops import record
 
 __all__ = ["GROUP", "PluginRecord", "plugins", "registry"]
 
@@ -31,7 +31,7 @@ _extra: dict[str, type[Platform]] = {}
 _reported: set[tuple[Source, str]] = set()
 
 
-@dataclasses.dataclass(frozen=True)
+@record(frozen=True)
 class PluginRecord:
     """What became of one plugin: ``"loaded"``, ``"denied"`` or ``"failed"``, with the error's text."""
 
@@ -42,7 +42,7 @@ class PluginRecord:
     error: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
+@record(frozen=True)
 class _Found:
     name: str
     load: Any

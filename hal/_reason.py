@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from hal_ops import record
+
 __all__ = ["REASON_CODES", "Reason"]
 
 REASON_CODES = frozenset(
@@ -40,7 +42,7 @@ REASON_CODES = frozenset(
 )
 
 
-@dataclasses.dataclass(frozen=True)
+@record(frozen=True)
 class Reason:
     """One "no". ``text`` is a whole sentence fragment for people; the other fields are the same facts as data.
 

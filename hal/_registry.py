@@ -16,7 +16,7 @@ from hal._kernel import Band, Kernel
 from hal._libraries import Library, normalize
 from hal._platform import Platform
 from hal.errors import RegistrationError, UnknownKernelError, UnknownOpError, did_you_mean
-from hal_ops import Op
+from hal_ops import Op, record
 
 if TYPE_CHECKING:
     from hal._device import Device
@@ -27,7 +27,7 @@ __all__ = ["Registry", "Source"]
 _generations = itertools.count(1)
 
 
-@dataclasses.dataclass(frozen=True)
+@record(frozen=True)
 class Source:
     """Where a registration came from: entry-point name, distribution and its version."""
 

@@ -21,7 +21,7 @@ from hal._ledger import Ledger
 from hal._reason import Reason
 from hal._registry import Registry
 from hal.errors import NoKernelError
-from hal_ops import Op, Request
+from hal_ops import Op, Request, record
 
 if TYPE_CHECKING:
     from hal._lock import Locked
@@ -45,7 +45,7 @@ broken: dict[str, Reason] = {}
 """Kernels whose code could not be imported or constructed in this process, with the reason."""
 
 
-@dataclasses.dataclass(frozen=True)
+@record(frozen=True)
 class Candidate:
     """One kernel in the running. ``status`` is ``"chosen"``, ``"eligible"`` or ``"refused"``."""
 
@@ -72,7 +72,7 @@ class Candidate:
         return facts
 
 
-@dataclasses.dataclass(frozen=True)
+@record(frozen=True)
 class PhaseChoice:
     """What came out for one phase. ``kernel`` is None where nothing is left; ``forced`` says what asked for it."""
 
@@ -83,7 +83,7 @@ class PhaseChoice:
     measured: bool = False
 
 
-@dataclasses.dataclass(frozen=True)
+@record(frozen=True)
 class Selection:
     """The outcome of a request: a kernel a phase, and why not each of the others."""
 

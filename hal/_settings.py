@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import dataclasses
 import os
 import re
 import sys
@@ -20,11 +19,12 @@ from typing import Any
 
 from hal._log import log_to_stderr
 from hal.errors import SettingError, did_you_mean
+from hal_ops import record
 
 __all__ = ["REMOVED", "SETTINGS", "Setting", "Settings", "Value", "current", "override"]
 
 
-@dataclasses.dataclass(frozen=True)
+@record(frozen=True)
 class Setting:
     """One variable. ``parse`` turns its trimmed text into a value, or raises ValueError saying what is allowed."""
 
@@ -40,7 +40,7 @@ class Setting:
         return self.name.removeprefix("HAL_").lower()
 
 
-@dataclasses.dataclass(frozen=True)
+@record(frozen=True)
 class Value:
     """A setting's value and where it came from."""
 

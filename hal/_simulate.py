@@ -27,6 +27,7 @@ from hal._platform import Platform
 from hal._registry import Registry
 from hal._version import Version
 from hal.errors import SimulationError, did_you_mean
+from hal_ops import record
 
 __all__ = ["parse_devices", "simulate"]
 
@@ -38,7 +39,7 @@ _KEYS = ("runtime", "driver", "memory", "name", "multiprocessors", "uuid", "capa
 _devices: contextvars.ContextVar[str | tuple[Device, ...] | None] = contextvars.ContextVar("hal_devices", default=None)
 
 
-@dataclasses.dataclass(frozen=True)
+@record(frozen=True)
 class _Piece:
     text: str
     at: int

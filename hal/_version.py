@@ -15,6 +15,8 @@ from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import InvalidVersion
 from packaging.version import Version as _PublicVersion
 
+from hal_ops import record
+
 __all__ = ["Version"]
 
 _BARE_LETTER = re.compile(r"\d[a-z]\Z", re.ASCII | re.IGNORECASE)
@@ -22,7 +24,7 @@ _LEADING = re.compile(r"\s*v?(\d+(?:\.\d+)*)", re.ASCII | re.IGNORECASE)
 
 
 @functools.total_ordering
-@dataclasses.dataclass(frozen=True, eq=False)
+@record(frozen=True)
 class Version:
     """A version as numbers, with the text that it came from.
 

@@ -7,13 +7,14 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
+from hal_ops._record import record
 from hal_ops._request import Request
 from hal_ops._traced import Traced
 
 __all__ = ["Op", "resolve_target"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@record(frozen=True, kw_only=True)
 class Op:
     """A semantic contract: request type, phases, reference, input generator and error bounds.
 

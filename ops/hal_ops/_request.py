@@ -18,6 +18,8 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any, ClassVar, TypeVar
 
+from hal_ops._record import record
+
 __all__ = ["AUTO", "FieldRule", "Request", "feature", "required"]
 
 AUTO = "auto"
@@ -27,7 +29,7 @@ _RULE = "hal"
 R = TypeVar("R", bound="Request")
 
 
-@dataclasses.dataclass(frozen=True)
+@record(frozen=True)
 class FieldRule:
     """How selection treats one field of a request.
 
@@ -71,10 +73,10 @@ def feature(
     return dataclasses.field(default=start, metadata={_RULE: FieldRule(False, neutral, phases, code)})
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """Base of every op's request. Hashable; values are normalised in ``__post_init__``, once."""
+    """Base of every op's request, a frozen dataclass. Hashable; values are normalised in ``__post_init__``, once."""
 
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
     op: ClassVar[str]
     derived: ClassVar[tuple[str, ...]] = ()
     """Names of properties that kernels may constrain as if they were fields."""

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any
 
 from hal_ops._checks import flag, positive
 from hal_ops._dtypes import dtype_name, is_fp8
+from hal_ops._record import record
 from hal_ops._request import Request, feature, required
 
 __all__ = ["RowRequest", "finite", "float_format"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@record(frozen=True, kw_only=True)
 class RowRequest(Request):
     """Fields of an op over the last dim of ``[..., hidden_size]``.
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
+from hal_ops._record import record
 
 __all__ = ["Traced"]
 
 
-@dataclasses.dataclass(frozen=True)
+@record(frozen=True)
 class Traced:
     """The signature of an op's call in torch's schema language, and what comes out.
 

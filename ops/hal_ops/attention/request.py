@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from hal_ops._checks import flag, positive
 from hal_ops._dtypes import dtype_name, is_fp8
+from hal_ops._record import record
 from hal_ops._request import AUTO, Request, feature, required
 
 __all__ = ["AttentionRequest", "PHASES", "Window", "normalize_window"]
@@ -64,7 +64,7 @@ def _side(value: Any, window: Any) -> int | None:
     raise ValueError(f"window={window!r}: each side is a number of tokens >= 0, or None for unlimited")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@record(frozen=True, kw_only=True)
 class AttentionRequest(Request):
     """What a caller needs from attention. Every field takes part in the choice of kernels.
 

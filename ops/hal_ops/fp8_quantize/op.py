@@ -22,12 +22,12 @@ of those shapes; the values' last dim is contiguous, the scales may have any str
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, ClassVar
 
 from hal_ops._checks import flag, one_of, positive
 from hal_ops._dtypes import FP8_DTYPES, dtype_name
 from hal_ops._op import Op
+from hal_ops._record import record
 from hal_ops._request import feature, required
 from hal_ops._row_request import RowRequest
 from hal_ops._traced import Traced
@@ -37,7 +37,7 @@ __all__ = ["FP8_QUANTIZE", "Fp8QuantizeRequest"]
 _BLOCK = {"block_size": 128, "block_rows": 1}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@record(frozen=True, kw_only=True)
 class Fp8QuantizeRequest(RowRequest):
     """What a caller needs from the quantisation.
 

@@ -14,17 +14,17 @@ Without ``out`` the result is new and contiguous. ``out`` has x's shape and dtyp
 
 from __future__ import annotations
 
-import dataclasses
 from typing import ClassVar
 
 from hal_ops._op import Op
+from hal_ops._record import record
 from hal_ops._traced import Traced
 from hal_ops.rms_norm.op import RmsNormRequest
 
 __all__ = ["FUSED_ADD_RMS_NORM", "FusedAddRmsNormRequest"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@record(frozen=True, kw_only=True)
 class FusedAddRmsNormRequest(RmsNormRequest):
     """What a caller needs from the sum and its normalisation. Fields are those of ``rms_norm``.
 

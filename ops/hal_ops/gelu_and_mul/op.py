@@ -14,11 +14,11 @@ Without ``out`` the result is new and contiguous; ``out`` shares no memory with 
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, ClassVar
 
 from hal_ops._checks import one_of
 from hal_ops._op import Op
+from hal_ops._record import record
 from hal_ops._request import required
 from hal_ops._row_request import RowRequest
 from hal_ops._traced import Traced
@@ -26,7 +26,7 @@ from hal_ops._traced import Traced
 __all__ = ["GELU_AND_MUL", "GeluAndMulRequest"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@record(frozen=True, kw_only=True)
 class GeluAndMulRequest(RowRequest):
     """What a caller needs from the gate.
 

@@ -15,18 +15,18 @@ nearest even; NaN stays NaN. Scales are None (1.0), or float32 tensors of one el
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, ClassVar
 
 from hal_ops._checks import flag, one_of, positive
 from hal_ops._dtypes import dtype_name, is_fp8
 from hal_ops._op import Op
+from hal_ops._record import record
 from hal_ops._request import Request, feature, required
 
 __all__ = ["KV_CACHE_WRITE", "KvCacheWriteRequest"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@record(frozen=True, kw_only=True)
 class KvCacheWriteRequest(Request):
     """What a caller needs from the write of a paged KV cache.
 

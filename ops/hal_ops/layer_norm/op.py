@@ -14,11 +14,11 @@ Without ``out`` the result is new and contiguous. ``out`` has x's shape and dtyp
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, ClassVar
 
 from hal_ops._checks import flag
 from hal_ops._op import Op
+from hal_ops._record import record
 from hal_ops._request import feature
 from hal_ops._row_request import RowRequest, finite, float_format
 from hal_ops._traced import Traced
@@ -26,7 +26,7 @@ from hal_ops._traced import Traced
 __all__ = ["LAYER_NORM", "LayerNormRequest"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@record(frozen=True, kw_only=True)
 class LayerNormRequest(RowRequest):
     """What a caller needs from layer normalisation.
 

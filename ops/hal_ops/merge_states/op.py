@@ -11,18 +11,18 @@ without rounding in between. A sink may be in the lse of one state only.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, ClassVar
 
 from hal_ops._checks import flag, positive
 from hal_ops._dtypes import dtype_name
 from hal_ops._op import Op
+from hal_ops._record import record
 from hal_ops._request import Request, feature, required
 
 __all__ = ["MERGE_STATES", "MergeStatesRequest"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@record(frozen=True, kw_only=True)
 class MergeStatesRequest(Request):
     """What a caller needs from the merge of attention states.
 

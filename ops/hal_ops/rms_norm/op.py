@@ -13,10 +13,10 @@ Without ``out`` the result is new and contiguous. ``out`` has x's shape and dtyp
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, ClassVar
 
 from hal_ops._op import Op
+from hal_ops._record import record
 from hal_ops._request import feature
 from hal_ops._row_request import RowRequest, finite, float_format
 from hal_ops._traced import Traced
@@ -24,7 +24,7 @@ from hal_ops._traced import Traced
 __all__ = ["RMS_NORM", "RmsNormRequest"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@record(frozen=True, kw_only=True)
 class RmsNormRequest(RowRequest):
     """What a caller needs from RMS normalisation.
 

@@ -21,11 +21,11 @@ Without ``out`` the results are new and contiguous. ``out`` is a pair of tensors
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, ClassVar
 
 from hal_ops._checks import flag, one_of, positive
 from hal_ops._op import Op
+from hal_ops._record import record
 from hal_ops._request import Request, feature, required
 from hal_ops._row_request import float_format
 from hal_ops._traced import Traced
@@ -33,7 +33,7 @@ from hal_ops._traced import Traced
 __all__ = ["ROTARY_EMBEDDING", "RotaryEmbeddingRequest"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@record(frozen=True, kw_only=True)
 class RotaryEmbeddingRequest(Request):
     """What a caller needs from the rotary embedding.
 

@@ -6,9 +6,10 @@ other frequencies, and YaRN also a factor on the tables (so that it reaches the 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from abc import ABC, abstractmethod
+
+from hal_ops._record import record
 
 __all__ = ["LinearScaling", "Llama3Scaling", "Scaling", "YarnScaling"]
 
@@ -27,7 +28,7 @@ class Scaling(ABC):
         return 1.0
 
 
-@dataclasses.dataclass(frozen=True)
+@record(frozen=True)
 class LinearScaling(Scaling):
     """Positions divided by ``factor`` (Chen et al. 2023, arXiv 2306.15595)."""
 
@@ -37,7 +38,7 @@ class LinearScaling(Scaling):
         return [f / self.factor for f in frequencies]
 
 
-@dataclasses.dataclass(frozen=True)
+@record(frozen=True)
 class Llama3Scaling(Scaling):
     """Llama 3.1's: slow frequencies divided by ``factor``, fast ones kept, those between interpolated.
 
@@ -57,7 +58,7 @@ class Llama3Scaling(Scaling):
         return [f * k + f / self.factor * (1 - k) for f, k in zip(frequencies, kept, strict=True)]
 
 
-@dataclasses.dataclass(frozen=True)
+@record(frozen=True)
 class YarnScaling(Scaling):
     """YaRN (Peng et al. 2023, arXiv 2309.00071): as Llama's, with the ramp over the pairs' numbers, and a table factor.
 

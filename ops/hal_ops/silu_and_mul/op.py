@@ -12,17 +12,17 @@ Without ``out`` the result is new and contiguous; ``out`` shares no memory with 
 
 from __future__ import annotations
 
-import dataclasses
 from typing import ClassVar
 
 from hal_ops._op import Op
+from hal_ops._record import record
 from hal_ops._row_request import RowRequest
 from hal_ops._traced import Traced
 
 __all__ = ["SILU_AND_MUL", "SiluAndMulRequest"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@record(frozen=True, kw_only=True)
 class SiluAndMulRequest(RowRequest):
     """What a caller needs from the gate.
 
