@@ -10,8 +10,6 @@ import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from packaging.requirements import Requirement
-
 from hal._kernel import Band, Kernel
 from hal._libraries import Library, normalize
 from hal._platform import Platform
@@ -47,6 +45,8 @@ class Source:
 @functools.lru_cache(maxsize=1)
 def _our_distributions() -> frozenset[str]:
     """From the metadata of torch-hal: anyone may call a plugin torch-hal-something, and the core names no vendor."""
+    from packaging.requirements import Requirement  # asked only about a kernel in the PLUGIN band; a slow import
+
     try:
         required = importlib.metadata.requires("torch-hal") or []
     except importlib.metadata.PackageNotFoundError:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from hal import Arch
 from hal_musa._arch import UNKNOWN
+from hal_ops import record
 
 __all__ = ["Gpu", "Reading", "SourceError", "plural"]
 
@@ -18,7 +17,7 @@ class SourceError(Exception):
         self.remedy = remedy
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@record(frozen=True, kw_only=True)
 class Gpu:
     """One GPU. What the source does not tell is None or empty; ``problem`` says why it cannot be used."""
 
@@ -41,7 +40,7 @@ class Gpu:
         )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@record(frozen=True, kw_only=True)
 class Reading:
     """What one source said. ``ordered``: the GPUs are the visible ones already, in MUSA's order."""
 

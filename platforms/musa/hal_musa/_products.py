@@ -12,13 +12,14 @@ import re
 from hal import Arch, Device
 from hal_musa._arch import UNKNOWN, parse_arch
 from hal_musa._capabilities import capabilities
+from hal_ops import record
 
 __all__ = ["PRODUCTS", "Product", "arch_of", "complete", "product_of"]
 
 _GIB = 1 << 30
 
 
-@dataclasses.dataclass(frozen=True)
+@record(frozen=True)
 class Product:
     """One product: its name, arch, bytes of memory, and number of multiprocessors where a source states it."""
 

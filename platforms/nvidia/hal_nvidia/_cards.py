@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
+from hal_ops import record
 
-__all__ = ["Card", "Reading", "SourceError", "plural"]
+__all__ = ["Card", "OTHERS", "Reading", "SourceError", "plural"]
+
+OTHERS = {"hip": "ROCm", "musa": "MUSA"}
+"""What torch may be built for instead of CUDA."""
 
 
 class SourceError(Exception):
@@ -15,7 +18,7 @@ class SourceError(Exception):
         self.remedy = remedy
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@record(frozen=True, kw_only=True)
 class Card:
     """One GPU or MIG instance. What the source does not tell is None or empty.
 
@@ -47,7 +50,7 @@ def _facts(card: Card) -> tuple[object, ...]:
     return (*shared, tuple(_facts(instance) for instance in card.instances))
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@record(frozen=True, kw_only=True)
 class Reading:
     """What one source said. ``ordered``: the cards are the visible ones already, in CUDA's order."""
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import hal
+from hal_ops import record
 
 __all__ = ["Build", "DISTRIBUTIONS", "build"]
 
@@ -25,7 +26,7 @@ _HEAD_DIMS = (64, 96, 128, 192, 256)
 _PREFIXES = ("FLASHATTENTION_DISABLE_", "FLASH_ATTENTION_DISABLE_")
 
 
-@dataclasses.dataclass(frozen=True)
+@record(frozen=True)
 class Build:
     """One build. ``without`` names what was left out, as the build flags do (``BACKWARD``, ``SOFTCAP``, ``SM8x``, ...).
 

@@ -10,6 +10,7 @@ import dataclasses
 
 from hal import Device
 from hal_nvidia._capabilities import capabilities
+from hal_ops import record
 
 __all__ = ["CORES_PER_MULTIPROCESSOR", "complete"]
 
@@ -33,7 +34,7 @@ CORES_PER_MULTIPROCESSOR = {
 """Float32 cores of one multiprocessor, by compute capability (CUDA programming guide, "Arithmetic Instructions")."""
 
 
-@dataclasses.dataclass(frozen=True)
+@record(frozen=True)
 class Product:
     """One product: its name, bytes of memory and number of multiprocessors."""
 

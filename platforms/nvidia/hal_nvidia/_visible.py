@@ -19,6 +19,7 @@ from collections.abc import Sequence
 
 from hal.errors import VisibilityError
 from hal_nvidia._cards import Card
+from hal_ops import record
 
 __all__ = ["Visible", "VisibleId", "parse_visible", "resolve"]
 
@@ -29,7 +30,7 @@ _MIG_PATH = re.compile(r"MIG-(GPU-[0-9a-fA-F-]+)/(\d+)/(\d+)\Z", re.ASCII)
 _VARIABLE = "CUDA_VISIBLE_DEVICES"
 
 
-@dataclasses.dataclass(frozen=True)
+@record(frozen=True)
 class VisibleId:
     """One valid entry. ``kind`` is ``"ordinal"``, ``"gpu"``, ``"mig"`` or ``"mig-path"``.
 
@@ -43,7 +44,7 @@ class VisibleId:
     instance: tuple[int, int] | None = None
 
 
-@dataclasses.dataclass(frozen=True)
+@record(frozen=True)
 class Visible:
     """The value as typed ids. ``everything``: the variable is unset. ``note``: why the ids are fewer than written."""
 

@@ -8,16 +8,15 @@ what compilers use.
 
 from __future__ import annotations
 
-import dataclasses
-
 from hal import Arch
+from hal_ops import record
 
 __all__ = ["Facts", "facts_of"]
 
 _KIB = 1 << 10
 
 
-@dataclasses.dataclass(frozen=True)
+@record(frozen=True)
 class Facts:
     """One generation. ``wave`` is in threads, ``lds`` in bytes a work group may have.
 

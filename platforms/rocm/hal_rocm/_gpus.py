@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from hal import Arch
+from hal_ops import record
 from hal_rocm._arch import UNKNOWN
 
 __all__ = ["Gpu", "Reading", "SourceError", "plural"]
@@ -18,7 +17,7 @@ class SourceError(Exception):
         self.remedy = remedy
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@record(frozen=True, kw_only=True)
 class Gpu:
     """One GPU (or partition of one). What the source does not tell is None or empty.
 
@@ -41,7 +40,7 @@ class Gpu:
     problem: str = ""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@record(frozen=True, kw_only=True)
 class Reading:
     """What one source said. ``ordered``: the GPUs are the visible ones already, in HIP's order."""
 

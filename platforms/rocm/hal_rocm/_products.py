@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 
 from hal import Device
+from hal_ops import record
 from hal_rocm._capabilities import capabilities
 from hal_rocm._facts import facts_of
 
@@ -31,7 +32,7 @@ NAMES = {
 """Product names of data-center cards by PCI device id, for machines that state none. Radeon ids name several cards."""
 
 
-@dataclasses.dataclass(frozen=True)
+@record(frozen=True)
 class Product:
     """One product: its name, bytes of memory and number of compute units."""
 
