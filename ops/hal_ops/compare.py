@@ -81,8 +81,9 @@ def compare(
         actual: what the kernel returned; expected: what is right, in float32 or float64.
         low_precision: plain torch's result in ``dtype``; without it a fixed multiple of the format's step stands in.
         dtype: the format that the kernel computes in (for an FP8 cache that format: its bounds are wider).
-        slack: multiplies the bounds of the second gate, and plain torch's share in those of the third (for formulas that
-            kernels approximate, such as tanh, and for rounding that falls out otherwise than plain torch's).
+        slack: multiplies the bounds of the second gate and, in those of the third, plain torch's share and what FP8 is
+            allowed (for formulas that kernels approximate, such as tanh, and for rounding that falls out otherwise than
+            plain torch's).
     """
     fault = _shape_fault(actual, expected)
     if fault:
@@ -173,7 +174,7 @@ def _block_failures(
     quotients = _quotients(error, want)
     if not quotients.numel():
         return []
-    bound = torch.full_like(quotients, _BLOCK_ERROR.get(dtype, _FP8_BLOCK_ERROR))
+    bound = torch.full_like(quotients, _BLOCK_ERROR.get(dtype, slack * _FP8_BLOCK_ERROR))
     if low is not None:
         own = 2 * slack * _quotients((low - want).abs(), want)
         bound = torch.maximum(bound, own.clamp_max(_WORST_BLOCK_ERROR))

@@ -24,6 +24,7 @@ from torch import Tensor
 import hal
 from hal_nvidia._flash import nothing, window_of
 from hal_nvidia._flash_attn_3_sizes import check_size, metadata_sizes
+from hal_nvidia._fp8_query import quantizer
 from hal_ops import is_fp8, torch_dtype
 from hal_ops.attention import AttentionRequest, PagedAttention, PrefillAttention, Step
 from hal_ops.attention.reference import check_tensors
@@ -130,7 +131,7 @@ class _Paged:
             "has_softcap": request.softcap > 0,
             **masks,
         }
-        self._quantize = _quantizer(request, device) if is_fp8(request.kv_dtype) else None
+        self._quantize = quantizer(request, device) if is_fp8(request.kv_dtype) else None
 
     def plan(self, step: Step) -> Schedule | None:
         """The planner's metadata. One kernel is launched; nothing waits for it."""
@@ -200,12 +201,3 @@ class _Paged:
             return_softmax_lse=return_lse, **more,
         )  # fmt: skip
         return (found[0], found[1].transpose(0, 1)) if return_lse else found
-
-
-def _quantizer(request: AttentionRequest, device: hal.Device) -> Any:
-    """q to FP8 with one scale a call: ``q -> (values, scale [1])``."""
-    made = hal.get_op(
-        "fp8_quantize", hidden_size=request.head_dim, dtype=request.dtype, fp8_dtype=request.kv_dtype,
-        granularity="tensor", device=device,
-    )  # fmt: skip
-    return made.fn

@@ -13,9 +13,17 @@ from torch import Tensor
 
 import hal
 from hal_nvidia import _flashinfer_pool as pool
+from hal_nvidia._fp8_query import quantizer
+from hal_ops import is_fp8, torch_dtype
 from hal_ops.attention import AttentionRequest, Step
 
-__all__ = ["flashinfer_cudnn_decode", "trtllm_gen_decode", "trtllm_gen_extend", "xqa_decode"]
+__all__ = [
+    "flashinfer_cudnn_decode",
+    "flashinfer_cudnn_extend",
+    "trtllm_gen_decode",
+    "trtllm_gen_extend",
+    "xqa_decode",
+]
 
 _LN_2 = math.log(2.0)
 
@@ -40,6 +48,11 @@ def flashinfer_cudnn_decode(request: AttentionRequest, device: hal.Device) -> _P
     return _Cudnn(request, device, _flashinfer("cudnn").cudnn_batch_decode_with_kv_cache)
 
 
+def flashinfer_cudnn_extend(request: AttentionRequest, device: hal.Device) -> _Paged:
+    """``cudnn_batch_prefill_with_kv_cache``."""
+    return _CudnnExtend(request, device, _flashinfer("cudnn").cudnn_batch_prefill_with_kv_cache)
+
+
 def _flashinfer(module: str) -> Any:
     return importlib.import_module(f"flashinfer.{module}")
 
@@ -54,6 +67,8 @@ class _Paged:
         self._layout = request.kv_layout
         self._left = -1 if request.window[0] is None else request.window[0]
         self._causal = request.causal
+        self._dtype = torch_dtype(request.dtype)
+        self._quantize: Any = None
 
     def plan(self, step: Step) -> Tensor:
         """The work buffer of the current stream."""
@@ -75,6 +90,9 @@ class _Paged:
     ) -> Any:
         q = q.contiguous()  # they read q by its shape alone; declared in Kernel.copies
         scale = self._scale if k_scale is None else k_scale * self._scale
+        if self._quantize is not None:
+            q, q_scale = self._quantize(q)
+            scale = q_scale * scale
         found = self._attend(q, (k_cache, v_cache), step, payload, sinks, scale, v_scale, return_lse)
         return (found[0], found[1].mul_(_LN_2)) if return_lse else found
 
@@ -92,7 +110,16 @@ class _Paged:
         raise NotImplementedError
 
 
-class _TrtllmExtend(_Paged):
+class _Trtllm(_Paged):
+    """Queries go over an FP8 cache as they are, where the request does not permit FP8 ones. The output's format is said."""
+
+    def __init__(self, request: AttentionRequest, device: hal.Device, function: Any) -> None:
+        super().__init__(request, device, function)
+        if request.fp8_query and is_fp8(request.kv_dtype):
+            self._quantize = quantizer(request, device)
+
+
+class _TrtllmExtend(_Trtllm):
     """Cumulative lengths are in tokens, those of the keys too."""
 
     def _attend(
@@ -120,13 +147,14 @@ class _TrtllmExtend(_Paged):
             cum_seq_lens_q=step.cu_seqlens_q,
             cum_seq_lens_kv=step.cu_seqlens_k,
             window_left=self._left,
+            out_dtype=self._dtype,
             kv_layout=self._layout,
             sinks=sinks,
             return_lse=return_lse,
         )
 
 
-class _TrtllmDecode(_Paged):
+class _TrtllmDecode(_Trtllm):
     """Query lengths are passed as cumulative ones: rows that make up a plan's size have none."""
 
     def _attend(
@@ -150,6 +178,7 @@ class _TrtllmDecode(_Paged):
             bmm1_scale=scale,
             bmm2_scale=1.0 if v_scale is None else v_scale,
             window_left=self._left,
+            out_dtype=self._dtype,
             sinks=sinks,
             kv_layout=self._layout,
             backend="trtllm-gen",
@@ -213,7 +242,38 @@ class _Cudnn(_Paged):
             max_sequence_kv=step.block_table.shape[1] * step.page_size,
             actual_seq_lens_kv=step.kv_lens.view(-1, 1, 1, 1),
             block_tables=step.block_table,
-            return_lse=return_lse,
             q_len_per_req=q.shape[0] // step.batch,
             window_left=self._left,
         )
+
+
+class _CudnnExtend(_Paged):
+    """Offsets are in tokens if that is said. What comes back is a pair, with or without an LSE."""
+
+    def _attend(
+        self,
+        q: Tensor,
+        caches: tuple[Tensor, Tensor],
+        step: Step,
+        buffer: Tensor,
+        sinks: Tensor | None,
+        scale: float | Tensor,
+        v_scale: Tensor | None,
+        return_lse: bool,
+    ) -> Any:
+        out, _ = self._function(
+            q,
+            *caches,
+            scale,
+            buffer,
+            max_token_per_sequence=step.max_q_len,
+            max_sequence_kv=step.block_table.shape[1] * step.page_size,
+            actual_seq_lens_q=step.cu_seqlens_q.diff().view(-1, 1, 1, 1),
+            actual_seq_lens_kv=step.kv_lens.view(-1, 1, 1, 1),
+            block_tables=step.block_table,
+            causal=self._causal,
+            return_lse=False,
+            batch_offsets_q=step.cu_seqlens_q,
+            batch_offsets_units="tokens",
+        )
+        return out

@@ -2,8 +2,8 @@
 
 Read from flashinfer-python 0.5.3, 0.6.4, 0.6.7, 0.6.13, 0.6.15.post1, 0.6.18.post1 and 0.7.2.post1:
 
-* archs: ``fa2`` runs from sm_80 to sm_121; sm_100a needs nvcc 12.8, sm_103a and every sm_12x 12.9
-  (``flashinfer/compilation_context.py``); ``fa3`` is built for sm_90a alone (``csrc/batch_prefill_sm90.cu``).
+* archs: ``fa2`` runs from sm_80 to sm_121; sm_100a needs nvcc 12.8, sm_103a and every sm_12x 12.9, sm_120 12.8 since
+  0.7.2 (``flashinfer/compilation_context.py``); ``fa3`` is built for sm_90a alone (``csrc/batch_prefill_sm90.cu``).
 * head dims: 64, 128, 256 (``DISPATCH_HEAD_DIM`` of ``include/flashinfer/utils.cuh``), and 192 with 128 where K and V do
   not share strides: the paged kernels of ``csrc/batch_prefill.cu`` and ``csrc/batch_decode.cu`` refuse that.
 * windows: ``window_left`` alone; there is no right bound.
@@ -30,6 +30,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import hal
 from hal import Anything, Archs, Band, Constraint, Either, Kernel, Needs, OneOf, Pairs, Range, Reason, SameAs, Windows
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ _PAGED_COPIES = (
 )
 
 BLACKWELL_CUDA: Mapping[str, str] = {"sm_100": ">=12.8", "sm_103": ">=12.9", "sm_120": ">=12.9", "sm_121": ">=12.9"}
-"""CUDA versions whose compiler knows an arch."""
+"""CUDA versions that flashinfer compiles for an arch with."""
+_SM120_WITH_12_8 = ">=0.7.2"
 
 
 def versions_from(versions: str, because: str = "") -> Needs:
@@ -60,6 +62,9 @@ FLASHINFER = versions_from(">=0.5.3")
 def toolkit(request: Request, device: Device) -> Sequence[Reason]:
     """Why the CUDA version here cannot compile kernels for the device's arch: flashinfer compiles on first use."""
     wanted = BLACKWELL_CUDA.get(device.arch.name)
+    version = hal.installed("flashinfer-python")
+    if device.arch.name == "sm_120" and version is not None and version.satisfies(_SM120_WITH_12_8):
+        wanted = ">=12.8"
     if wanted is None or device.runtime.satisfies(wanted) is not False:
         return ()
     text = f"compiling for {device.arch.name} needs CUDA {wanted}; this is {device.runtime}"
@@ -139,7 +144,9 @@ _OF_FA3 = "fa3 on sm_90"
 
 KERNELS = (
     _kernel("flashinfer_fa2.prefill", _ragged(), Band.PERFORMANT + 5, _FA2_ARCHS, _WAITS, _PREFILL_COPIES),
-    _kernel("flashinfer_fa3.prefill", _ragged(), Band.PERFORMANT + 60, ("sm_90",), _WAITS, _PREFILL_COPIES),
+    _kernel(
+        "flashinfer_fa3.prefill", _ragged(), Band.PERFORMANT + 60, ("sm_90",), f"{_WAITS}; {_PLAIN}", _PREFILL_COPIES
+    ),
     _kernel("flashinfer_fa2.extend", _paged(*_FP8), Band.PERFORMANT + 30, _FA2_ARCHS, "", _PAGED_COPIES),
     _kernel("flashinfer_fa3.extend", _paged(), Band.SPECIALIZED + 10, ("sm_90",), _PLAIN, _PAGED_COPIES),
     _kernel("flashinfer_fa2.decode", _paged(*_FP8), Band.SPECIALIZED + 40, _FA2_ARCHS, "", _PAGED_COPIES),

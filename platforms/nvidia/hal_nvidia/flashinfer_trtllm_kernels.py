@@ -1,17 +1,20 @@
-"""What is declared about the TensorRT-LLM and cuDNN kernels inside flashinfer: trtllm-gen, xqa, fmha_v2, cuDNN decode.
+"""What is declared about the TensorRT-LLM and cuDNN kernels inside flashinfer: trtllm-gen, xqa, fmha_v2, cuDNN.
 
 Read from flashinfer-python 0.6.13, 0.6.15.post1, 0.6.18.post1 and 0.7.2.post1. Of these xqa alone has run for this
 project, on an H200; the other adapters are emulated, and their calls bound to the signatures.
 
 * trtllm-gen (``trtllm_batch_decode_with_kv_cache``, ``trtllm_batch_context_with_kv_cache``): sm_100 and sm_103; HND
-  is what its kernels read; page sizes are powers of two, of which vLLM uses 16, 32 and 64; no softcap; LSE in base 2;
-  sinks in float32. BF16 queries over an e4m3 cache in decode since 0.6.18 (``bf16q_fp8kv_transform_mode``).
-* xqa (``xqa_batch_decode_with_kv_cache``): page sizes 16 to 128, one query a row, no LSE. Over an e4m3 cache it
-  computes in that format, which ``fp8_query`` permits.
+  is what its kernels read; page sizes are powers of two, of which vLLM uses 16, 32 and 64; no softcap; LSE, since
+  0.6.13, in base 2; sinks in float32. An e4m3 cache is read with e4m3 queries, output bfloat16; in decode, since 0.6.18,
+  with bfloat16 queries too (``bf16q_fp8kv_transform_mode``).
+* xqa (``xqa_batch_decode_with_kv_cache``): 9.x, 10.x and 12.x devices (``xqa.py``: ``not in [9, 10, 12]``), page sizes
+  16 to 128, one query a row, no LSE. Over an e4m3 cache it computes in that format, which ``fp8_query`` permits.
 * fmha_v2 (``trtllm_fmha_v2_prefill``): on sm_12x causal or full masks, no window before 0.7 and no softcap for separate
   Q, K, V; its statistics are a maximum and a sum, for other layouts. Its paged layouts take K and V in one tensor,
   which two cache tensors are not.
-* cuDNN decode: since 0.7.2 alone, see ``because`` below.
+* cuDNN (``cudnn_batch_decode_with_kv_cache``, ``cudnn_batch_prefill_with_kv_cache``): HND; since 0.7.2 alone, see
+  ``because`` below. No LSE: for rows of one query with grouped heads cuDNN 9.26 and 9.27 write that of each group's
+  first head only (NVBug 6783545, ``prefill.py:2535``). Its prefill has no windows, and head dim 128 for paged keys.
 
 Bands: on a B200 one sample (flashinfer ``benchmarks/samples``) has trtllm-gen at 14 us, cuDNN at 15 us and fa2 at 22 us
 for the same decode: specialized, in this order. xqa took 196 us on an H200 for what fa2 decodes in 140, and is wanted
@@ -20,8 +23,10 @@ for head dims that fa2 lacks; for fmha_v2 nothing is known: performant.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
+import hal
 from hal import (
     Anything,
     Archs,
@@ -34,14 +39,22 @@ from hal import (
     OneOf,
     Pairs,
     Range,
+    Reason,
     SameAs,
     Windows,
 )
 from hal_nvidia.flashinfer_kernels import toolkit, versions_from
+from hal_ops.attention import AttentionRequest
+
+if TYPE_CHECKING:
+    from hal import Device
+    from hal_ops import Request
 
 __all__ = ["KERNELS"]
 
 _DATACENTER = ("sm_100", "sm_103")
+_FP8 = "float8_e4m3fn"
+_BF16_OVER_FP8 = ">=0.6.18"
 _GRAPH_KEY = "before it, cuDNN graphs are found by shape alone and replayed for another scale, stride or dtype"
 
 
@@ -69,25 +82,42 @@ def _paged(layouts: tuple[str, ...], pages: tuple[int, ...], more: Mapping[str, 
     return {**cache, **more}
 
 
+def _without_windows() -> dict[str, Constraint]:
+    return {name: rule for name, rule in _paged(("HND",), (16, 32, 64, 128), {}).items() if name != "window"}
+
+
 _TRTLLM: dict[str, Constraint] = {
     "sinks": OneOf(False, True),
     "return_lse": OneOf(False, True),
     "graph": OneOf(False, True),
-}
-_TRTLLM_DECODE: dict[str, Constraint] = {
-    **_TRTLLM,
-    "kv_dtype": Pairs("dtype", ("bfloat16", "bfloat16"), ("float16", "float16"), ("bfloat16", "float8_e4m3fn")),
+    "kv_dtype": Either(SameAs("dtype"), Pairs("fp8_query", (True, _FP8))),
+    "fp8_query": OneOf(False, True),
     "kv_scale": OneOf("tensor"),
 }
+_TRTLLM_DECODE: dict[str, Constraint] = {**_TRTLLM, "kv_dtype": Either(SameAs("dtype"), OneOf(_FP8))}
 _XQA: dict[str, Constraint] = {
     "max_q_len": OneOf(1),
     "sinks": OneOf(False, True),
     "graph": OneOf(False, True),
-    "kv_dtype": Either(SameAs("dtype"), Pairs("fp8_query", (True, "float8_e4m3fn"))),
+    "kv_dtype": Either(SameAs("dtype"), Pairs("fp8_query", (True, _FP8))),
     "fp8_query": OneOf(False, True),
 }
-_CUDNN: dict[str, Constraint] = {"return_lse": OneOf(False, True)}
 _FMHA: dict[str, Constraint] = {"causal": OneOf(True, False), "sinks": OneOf(False, True), "graph": OneOf(False, True)}
+
+
+def _trtllm(request: Request, device: Device) -> Sequence[Reason]:
+    found = list(toolkit(request, device))
+    if not isinstance(request, AttentionRequest) or request.kv_dtype != _FP8:
+        return found
+    if request.dtype != "bfloat16":
+        text = f"dtype {request.dtype} with an FP8 cache; needs bfloat16, which the output has"
+        found.append(Reason("dtype", text, "dtype", request.dtype, "bfloat16"))
+    version = hal.installed("flashinfer-python")
+    if not request.fp8_query and version is not None and version.satisfies(_BF16_OVER_FP8) is False:
+        needs = f"flashinfer-python {_BF16_OVER_FP8}, or fp8_query"
+        text = f"bfloat16 queries over an FP8 cache need {needs}; {version} is installed"
+        found.append(Reason("version_too_old", text, "library", str(version), _BF16_OVER_FP8))
+    return found
 
 
 def _kernel(
@@ -98,6 +128,8 @@ def _kernel(
     fields: Mapping[str, Constraint],
     copies: str,
     more: tuple[Needs, ...] = (),
+    check: Callable[[Request, Device], Sequence[Reason]] = toolkit,
+    note: str = "",
 ) -> Kernel:
     library, _, phase = name.partition(".")
     return Kernel(
@@ -109,52 +141,67 @@ def _kernel(
         platforms={"nvidia": Archs(only=archs)},
         needs=(Needs("torch", ">=2.6"), versions, *more),
         fields=fields,
-        check=toolkit,
+        check=check,
         copies=copies,
         evidence={"sm_90": "run", "*": "emulated"},
+        note=note,
     )
 
 
 _Q = "q, where it is a view that is not contiguous"
-_SINCE_18 = versions_from(">=0.6.18", "decode takes BF16 queries over an e4m3 cache since then")
+_FP8_Q = f"{_Q}; q, into FP8 where fp8_query permits it"
+_SINCE_13 = versions_from(">=0.6.13", "its functions give the LSE since then")
+_SINCE_72 = versions_from(">=0.7.2", _GRAPH_KEY)
 _FRONTEND = Needs("nvidia-cudnn-frontend", ">=1.31", install="`pip install 'torch-hal-nvidia[cudnn]'`")
 
 KERNELS = (
     _kernel(
         "trtllm_gen.extend",
-        _SINCE_18,
+        _SINCE_13,
         _DATACENTER,
         Band.SPECIALIZED + 80,
         _fields(128, 64, 256, more=_paged(("HND",), (16, 32, 64), _TRTLLM)),
-        _Q,
+        _FP8_Q,
+        check=_trtllm,
     ),
     _kernel(
         "trtllm_gen.decode",
-        _SINCE_18,
+        _SINCE_13,
         _DATACENTER,
         Band.SPECIALIZED + 80,
         _fields(128, 64, 256, more=_paged(("HND",), (16, 32, 64), _TRTLLM_DECODE)),
+        _FP8_Q,
+        check=_trtllm,
+    ),
+    _kernel(
+        "flashinfer_cudnn.extend",
+        _SINCE_72,
+        _DATACENTER,
+        Band.SPECIALIZED + 60,
+        {**_fields(128, more=_without_windows()), "causal": OneOf(True, False)},
         _Q,
+        (_FRONTEND,),
     ),
     _kernel(
         "flashinfer_cudnn.decode",
-        versions_from(">=0.7.2", _GRAPH_KEY),
+        _SINCE_72,
         _DATACENTER,
         Band.SPECIALIZED + 60,
-        _fields(128, 64, more=_paged(("HND",), (16, 32, 64, 128), _CUDNN)),
-        "",
+        _fields(128, 64, more=_paged(("HND",), (16, 32, 64, 128), {})),
+        _Q,
         (_FRONTEND,),
     ),
     _kernel(
         "xqa.decode",
         versions_from(">=0.6.4"),
-        ("sm_90", "sm_120", "sm_121"),
+        ("sm_90", "sm_100", "sm_103", "sm_120", "sm_121"),
         Band.PERFORMANT + 20,
         {
             **_fields(128, more=_paged(("NHD", "HND"), (16, 32, 64, 128), _XQA)),
             "head_dim": MultipleOf(16, 16, 256),
         },
         _Q,
+        note="run without sinks or FP8; with them emulated",
     ),
     _kernel(
         "fmha_v2.prefill",

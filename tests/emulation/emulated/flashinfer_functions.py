@@ -82,9 +82,26 @@ def _scaled(q: Tensor, bmm1: float | Tensor, bmm2: float | Tensor) -> tuple[floa
 def trtllm_batch_context_with_kv_cache(
     query: Tensor, kv_cache: Any, workspace_buffer: Tensor, block_tables: Tensor, seq_lens: Tensor, max_q_len: int,
     max_kv_len: int, bmm1_scale: Any, bmm2_scale: Any, batch_size: int, cum_seq_lens_q: Tensor, cum_seq_lens_kv: Tensor,
-    window_left: int = -1, kv_layout: str = "HND", sinks: Tensor | None = None, causal: bool = True,
-    return_lse: bool = False,
+    window_left: int = -1, out_dtype: torch.dtype | None = None, kv_layout: str = "HND", sinks: Tensor | None = None,
+    causal: bool = True, return_lse: bool = False,
 ) -> Any:  # fmt: skip
+    assert query.dtype == kv_cache[0].dtype, "queries and keys of one format"
+    return _trtllm(
+        query, kv_cache, workspace_buffer, block_tables, seq_lens, max_q_len, max_kv_len, bmm1_scale, bmm2_scale,
+        batch_size, cum_seq_lens_q, cum_seq_lens_kv, window_left, out_dtype, kv_layout, sinks, causal, return_lse,
+    )  # fmt: skip
+
+
+def _trtllm(
+    query: Tensor, kv_cache: Any, workspace_buffer: Tensor, block_tables: Tensor, seq_lens: Tensor, max_q_len: int,
+    max_kv_len: int, bmm1_scale: Any, bmm2_scale: Any, batch_size: int, cum_seq_lens_q: Tensor, cum_seq_lens_kv: Tensor,
+    window_left: int, out_dtype: torch.dtype | None, kv_layout: str, sinks: Tensor | None, causal: bool,
+    return_lse: bool,
+) -> Any:  # fmt: skip
+    """FP8 queries give an output of their own format, unless another one is asked for."""
+    out_dtype = out_dtype or query.dtype
+    assert out_dtype in (query.dtype, torch.float16, torch.bfloat16)
+    query = query.to(torch.float32) if query.itemsize == 1 else query
     _zeroed(workspace_buffer)
     assert cum_seq_lens_kv.diff().tolist() == seq_lens.tolist(), "cumulative keys are counted in tokens"
     assert kv_layout == "HND"
@@ -96,23 +113,24 @@ def trtllm_batch_context_with_kv_cache(
     out, lse = _by_table(
         query, kv_cache, block_tables, q_lens, seq_lens, Masks(causal, window_left, 0.0, scale), sinks, kv_layout
     )
-    return (out * v_scale, lse) if return_lse else out * v_scale
+    out = (out * v_scale).to(out_dtype)
+    return (out, lse) if return_lse else out
 
 
 def trtllm_batch_decode_with_kv_cache(
     query: Tensor, kv_cache: Any, workspace_buffer: Tensor, block_tables: Tensor, seq_lens: Tensor, max_seq_len: int,
-    bmm1_scale: Any = 1.0, bmm2_scale: Any = 1.0, window_left: int = -1, sinks: Tensor | None = None,
-    kv_layout: str = "HND", backend: str = "auto", q_len_per_req: int | None = 1, max_q_len: int | None = None,
-    cum_seq_lens_q: Tensor | None = None, return_lse: bool = False,
+    bmm1_scale: Any = 1.0, bmm2_scale: Any = 1.0, window_left: int = -1, out_dtype: torch.dtype | None = None,
+    sinks: Tensor | None = None, kv_layout: str = "HND", backend: str = "auto", q_len_per_req: int | None = 1,
+    max_q_len: int | None = None, cum_seq_lens_q: Tensor | None = None, return_lse: bool = False,
 ) -> Any:  # fmt: skip
     assert backend == "trtllm-gen"
     assert q_len_per_req is None
     assert cum_seq_lens_q is not None
     assert max_q_len is not None
-    return trtllm_batch_context_with_kv_cache(
+    return _trtllm(
         query, kv_cache, workspace_buffer, block_tables, seq_lens, max_q_len, max_seq_len, bmm1_scale, bmm2_scale,
-        len(seq_lens), cum_seq_lens_q, torch.cat([seq_lens.new_zeros(1), seq_lens.cumsum(0)]), window_left, kv_layout,
-        sinks, True, return_lse,
+        len(seq_lens), cum_seq_lens_q, torch.cat([seq_lens.new_zeros(1), seq_lens.cumsum(0)]), window_left, out_dtype,
+        kv_layout, sinks, True, return_lse,
     )  # fmt: skip
 
 
@@ -145,6 +163,27 @@ def cudnn_batch_decode_with_kv_cache(
     masks = Masks(True, window_left, 0.0, scale)
     out, lse = _by_table(q, (k_cache, v_cache), block_tables, q_lens, kv_lens, masks, None, "HND")
     return (out, lse) if return_lse else out
+
+
+def cudnn_batch_prefill_with_kv_cache(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, workspace_buffer: Tensor, *,
+    max_token_per_sequence: int, max_sequence_kv: int, actual_seq_lens_q: Tensor | None = None,
+    actual_seq_lens_kv: Tensor | None = None, block_tables: Tensor | None = None, causal: bool, return_lse: bool,
+    batch_offsets_q: Tensor | None = None, batch_offsets_units: str = "elements",
+) -> Any:  # fmt: skip
+    assert actual_seq_lens_q is not None
+    assert actual_seq_lens_kv is not None
+    assert batch_offsets_q is not None
+    assert block_tables is not None
+    assert actual_seq_lens_q.shape[1:] == actual_seq_lens_kv.shape[1:] == (1, 1, 1)
+    q_lens, kv_lens = actual_seq_lens_q.flatten().tolist(), actual_seq_lens_kv.flatten()
+    assert batch_offsets_units == "tokens", "offsets are counted in elements"
+    assert batch_offsets_q.diff().tolist() == q_lens
+    assert max(q_lens) <= max_token_per_sequence
+    assert int(kv_lens.max()) <= max_sequence_kv
+    assert not return_lse, "wrong for rows of one query with grouped heads"
+    masks = Masks(causal, -1, 0.0, scale)
+    return _by_table(q, (k_cache, v_cache), block_tables, q_lens, kv_lens, masks, None, "HND")[0], None
 
 
 def trtllm_fmha_v2_prefill(
@@ -215,6 +254,7 @@ FUNCTIONS = (
     trtllm_fmha_v2_prefill,
     xqa_batch_decode_with_kv_cache,
     cudnn_batch_decode_with_kv_cache,
+    cudnn_batch_prefill_with_kv_cache,
     rmsnorm,
     gemma_rmsnorm,
     silu_and_mul,

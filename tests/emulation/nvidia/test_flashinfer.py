@@ -157,6 +157,24 @@ def test_fp8_caches_are_scaled_on_the_device(dtype: str, scale: str) -> None:  #
             assert not any("k_scale" in c.passed or "v_scale" in c.passed for c in held.calls)
 
 
+@pytest.mark.parametrize("fp8_query", [True, False])
+@pytest.mark.parametrize("name", ["trtllm_gen.extend", "trtllm_gen.decode"])
+def test_trtllm_gen_s_queries_are_in_fp8_where_that_is_permitted(name: str, fp8_query: bool) -> None:
+    # requirement B6, B7, D12, P26
+    request = AttentionRequest(
+        num_q_heads=6, num_kv_heads=2, head_dim=128, page_size=32, kv_layout="HND", max_q_len=4, return_lse=True,
+        kv_dtype="float8_e4m3fn", fp8_query=fp8_query, window=(15, 0), phases=(name.rpartition(".")[2],),
+    )  # fmt: skip
+    if name == "trtllm_gen.extend" and not fp8_query:
+        return  # refused: see test_flashinfer_declared.py
+    with running(name, "sm_100") as held:
+        assert wrong(name, [request], "sm_100") == []
+        calls = [c for c in held.calls if "trtllm_batch" in c.function]
+        assert {c.passed["query"].dtype for c in calls} == {torch.float8_e4m3fn if fp8_query else torch.bfloat16}
+        assert {c.passed["out_dtype"] for c in calls} == {torch.bfloat16}
+        assert {c.passed["backend"] for c in calls if "decode" in c.function} <= {"trtllm-gen"}, "auto may become xqa"
+
+
 @pytest.mark.parametrize("version", ["0.6.13", "0.7.2.post1"])
 @pytest.mark.parametrize("backend", ["fa2", "fa3"])
 def test_rows_without_keys_do_not_show_the_library_s_stand_in(backend: str, version: str) -> None:  # requirement B15

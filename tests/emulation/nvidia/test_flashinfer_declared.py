@@ -103,7 +103,22 @@ def test_the_compiler_must_know_the_arch() -> None:  # requirement E1, E6, P44
     for arch, cuda, fits in (("sm_120", "12.8", False), ("sm_120", "12.9", True), ("sm_100", "12.8", True)):
         found = reasons("flashinfer_fa2.decode", FLASHINFER, f"nvidia:{arch},cuda={cuda}")
         assert (found == {}) == fits
+        if arch == "sm_120":
+            assert reasons("flashinfer_fa2.decode", NEWEST, f"nvidia:{arch},cuda={cuda}") == {}
         assert fits or found["runtime_too_old"] == "compiling for sm_120 needs CUDA >=12.9; this is 12.8"
+
+
+def test_an_fp8_cache_on_blackwell_takes_the_queries_that_its_version_reads() -> None:  # requirement B7, D13, P26, P28
+    device = "nvidia:sm_100,cuda=13.0"
+    cache = {"kv_dtype": "float8_e4m3fn", "kv_layout": "HND", "page_size": 32}
+    older = reasons("trtllm_gen.decode", FLASHINFER, device, **cache)
+    assert older["version_too_old"].startswith("bfloat16 queries over an FP8 cache need flashinfer-python >=0.6.18")
+    assert reasons("trtllm_gen.decode", NEWEST, device, **cache) == {}
+    assert set(reasons("trtllm_gen.extend", NEWEST, device, **cache)) == {"dtype"}
+    for name in ("trtllm_gen.extend", "trtllm_gen.decode"):
+        assert reasons(name, FLASHINFER, device, **cache, fp8_query=True) == {}
+        assert set(reasons(name, FLASHINFER, device, **cache, fp8_query=True, dtype="float16")) == {"dtype"}
+        assert set(reasons(name, NEWEST, device, **cache, fp8_query=True, kv_scale="head")) == {"feature_unsupported"}
 
 
 def test_layouts_and_pages_are_those_that_kernels_read() -> None:  # requirement D8, P32, B5
