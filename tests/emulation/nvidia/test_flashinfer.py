@@ -162,7 +162,7 @@ def test_fp8_caches_are_scaled_on_the_device(dtype: str, scale: str) -> None:  #
 def test_trtllm_gen_s_queries_are_in_fp8_where_that_is_permitted(name: str, fp8_query: bool) -> None:
     # requirement B6, B7, D12, P26
     request = AttentionRequest(
-        num_q_heads=6, num_kv_heads=2, head_dim=128, page_size=32, kv_layout="HND", max_q_len=4, return_lse=True,
+        num_q_heads=6, num_kv_heads=2, head_dim=128, page_size=32, kv_layout="HND", max_q_len=4,
         kv_dtype="float8_e4m3fn", fp8_query=fp8_query, window=(15, 0), phases=(name.rpartition(".")[2],),
     )  # fmt: skip
     if name == "trtllm_gen.extend" and not fp8_query:
