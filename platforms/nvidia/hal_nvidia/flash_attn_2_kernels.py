@@ -11,7 +11,8 @@ Read from flash-attn 2.7.0 to 2.8.3.post2, ``csrc/flash_attn/flash_api.cpp`` and
   12.8 and newer; each runs on later archs of its line.
 
 Band: on 8.x the fastest there is (A100: 225 TFLOP/s forward, the library's README); on 9.0 half as fast as
-flash-attention 3, and on 10.0 far behind 4: performant.
+flash-attention 3, and on 10.0 far behind 4: performant. Extend comes after flashinfer's, which is the same algorithm with
+pages of any size.
 """
 
 from __future__ import annotations
@@ -86,13 +87,13 @@ _PAGED: Mapping[str, Constraint] = {
 }
 
 
-def _kernel(phase: str, more: Mapping[str, Constraint]) -> Kernel:
+def _kernel(phase: str, more: Mapping[str, Constraint], rank: int) -> Kernel:
     return Kernel(
         name=f"fa2.{phase}",
         op="attention",
         phase=phase,
         target=f"hal_nvidia._flash_attn_2:{phase}",
-        priority=Band.PERFORMANT + 50,
+        priority=Band.PERFORMANT + rank,
         platforms={"nvidia": _ARCHS},
         needs=(Needs("torch", ">=2.6"), _FLASH_ATTN),
         fields={**_COMMON, **more},
@@ -102,4 +103,4 @@ def _kernel(phase: str, more: Mapping[str, Constraint]) -> Kernel:
     )
 
 
-KERNELS = (_kernel("prefill", _FRESH), _kernel("extend", _PAGED), _kernel("decode", _PAGED))
+KERNELS = (_kernel("prefill", _FRESH, 50), _kernel("extend", _PAGED, 25), _kernel("decode", _PAGED, 50))

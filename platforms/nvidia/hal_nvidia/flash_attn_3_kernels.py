@@ -14,7 +14,8 @@ Read from upstream's ``hopper/`` at 203b9b3d (2025-08-29), 701ebe05 and 0251105a
 * sinks only in tokenspeed-fa3, as bfloat16. No ALiBi.
 
 Band: on 9.0 the fastest for long prompts (H100: 740 TFLOP/s forward in 16 bits, says the FlashAttention-3 paper):
-specialized.
+specialized. Measured here on an H200 (``benchmarks/results``): prefill and extend a tenth faster than the portable
+kernels, decode slower than them. On 8.0 nothing is known that it does better than flash-attention 2: below that one.
 """
 
 from __future__ import annotations
@@ -98,7 +99,9 @@ def _reasons(request: Request, device: Device, phase: str) -> Iterator[Reason]:
     found = build()
     if found is None or not isinstance(request, AttentionRequest):
         return
-    yield from _build_lacks(request, found)
+    yield from _build_lacks(
+        request, found, "flash_attn_varlen_func" if phase == "prefill" else "flash_attn_with_kvcache"
+    )
     yield from _dims(request, device, found)
     if phase == "prefill":
         yield from _gradients(request, found)
@@ -106,12 +109,12 @@ def _reasons(request: Request, device: Device, phase: str) -> Iterator[Reason]:
         yield from _cache(request, device, found, phase)
 
 
-def _build_lacks(request: AttentionRequest, found: Build) -> Iterator[Reason]:
+def _build_lacks(request: AttentionRequest, found: Build, function: str) -> Iterator[Reason]:
     if not found.optional_lse:
         text = f"{found.name} is a build of before 2025-08-29: its functions have no return_attn_probs"
         yield Reason("version_too_old", text, "library", remedy="build a newer one")
     if request.sinks and not found.sinks:
-        yield _lacks("sinks", f"flash_attn_with_kvcache of {found.name} takes no sinks")
+        yield _lacks("sinks", f"{function} of {found.name} takes no sinks")
     if request.sinks and request.dtype != "bfloat16":
         yield Reason("dtype", f"sinks with dtype {request.dtype}; needs bfloat16", "dtype", request.dtype, "bfloat16")
     for field, flag in (("softcap", "SOFTCAP"), ("window", "LOCAL")):
@@ -193,13 +196,14 @@ def _kernel(phase: str, check: object, more: Mapping[str, Constraint], copies: s
         phase=phase,
         target=f"hal_nvidia._flash_attn_3:{phase}",
         priority=Band.SPECIALIZED + 30,
+        priorities={"sm_80": Band.PERFORMANT + 20},
         platforms={"nvidia": Archs(only=("sm_80", "sm_90"))},
         needs=(
             Needs("torch", ">=2.6"),
             Needs(
                 "flash-attn-3",
                 distributions=DISTRIBUTIONS,
-                install="`pip install tokenspeed-fa3`, or build hopper/ of github.com/Dao-AILab/flash-attention",
+                install="`pip install tokenspeed-fa3` (for sm_90), or build hopper/ of github.com/Dao-AILab/flash-attention",
             ),
         ),
         runtime=">=12.3",

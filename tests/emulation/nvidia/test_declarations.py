@@ -62,7 +62,7 @@ def test_a_build_without_code_for_the_arch_is_refused() -> None:  # requirement 
 @pytest.mark.parametrize(
     ("fields", "upstream", "wheel"),
     [
-        ({"sinks": True}, "sinks: flash_attn_with_kvcache of flash-attn-3 3.0.0 takes no sinks", ""),
+        ({"sinks": True}, "sinks: flash_attn_varlen_func of flash-attn-3 3.0.0 takes no sinks", ""),
         ({"softcap": 20.0}, "", "softcap: tokenspeed-fa3 3.0.0.post20260810 was built without softcap"),
         ({"needs_grad": True}, "", "needs_grad: tokenspeed-fa3 3.0.0.post20260810 was built without the backward pass"),
         (
