@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 STAMP := $(VENV)/.ready
 
-.PHONY: demo test gpu-test lint types docs bench clean
+.PHONY: demo test gpu-test contracts lint types docs bench clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -15,6 +15,12 @@ test: $(STAMP)
 
 gpu-test:
 	$(PYTHON) -m pytest -q -m gpu
+
+# What adapters call, read anew out of the real distributions; then what the newest releases change.
+# LIBRARIES="flashinfer-python ..." reads some only; ARGS=--check writes nothing and fails on a difference.
+contracts: $(STAMP)
+	$(BIN)/python tools/snapshot_signatures.py $(LIBRARIES) $(ARGS)
+	-$(BIN)/python tools/snapshot_signatures.py $(LIBRARIES) --latest
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

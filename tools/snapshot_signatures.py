@@ -1,11 +1,12 @@
 """Reads the signatures of the functions that adapters call out of the real distributions, and keeps them as JSON.
 
-    python tools/snapshot_signatures.py [LIBRARY ...] [--cache DIR] [--latest] [--check]
+    python tools/snapshot_signatures.py [LIBRARY ...] [--cache DIR] [--check | --latest | --history]
 
 What to read is in ``platforms/*/signatures/sources.toml``; what was read goes beside it, one file a library. Nothing
 that is downloaded is imported: signatures come from syntax trees, operators from torch's schema file. Each change
 against what was kept is printed; ``--check`` writes nothing and fails if there is one. ``--latest`` instead compares
-the registry's newest release with the newest version kept, and fails if a signature differs.
+the registry's newest release with the newest version kept, and fails if a signature differs. ``--history`` downloads
+nothing, and prints what each version that is kept changed against the one before.
 
 Archives are taken from ``--cache`` if they lie there, and are left there; a bare clone of a repository may lie there as
 ``<name>.git``.
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -27,6 +29,8 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from signature_diff import differences
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -225,20 +229,6 @@ def _schema_parameter(text: str) -> str:
     return f"{name}={default.replace('[]', '()')}" if equals else name
 
 
-def differences(old: Kept, new: Kept, label: str) -> list[str]:
-    """What changed between two sets of functions, a line each."""
-    lines = [f"{label}: {name} is gone" for name in old if name not in new]
-    for name, now in new.items():
-        if name not in old:
-            lines.append(f"{label}: {name} is new")
-            continue
-        before, after = old[name]["parameters"], now["parameters"]
-        if before != after:
-            changes = [f"-{p}" for p in before if p not in after] + [f"+{p}" for p in after if p not in before]
-            lines.append(f"{label}: {name}: {' '.join(changes) or 'parameters in another order'}")
-    return lines
-
-
 def kept(library: Library) -> Kept:
     if not library.path.exists():
         return {}
@@ -255,7 +245,7 @@ def refresh(library: Library, cache: Path, write: bool) -> list[str]:
         new[version] = {"source": files.name, "functions": functions}
         before = old.get(version, {}).get("functions", {})
         changes += differences(before, functions, f"{library.name} {version}")
-    changes += [f"{library.name} {version}: no longer read" for version in old if version not in new]
+    changes += [f"{library.name} {version} is no longer read" for version in old if version not in new]
     if write:
         text = json.dumps({"library": library.name, "versions": new}, indent=1)
         library.path.write_text(f"{text}\n", encoding="utf-8")
@@ -268,22 +258,38 @@ def upstream(library: Library, cache: Path) -> list[str]:
         return []
     newest = library.versions()[-1]
     files = _from_archive(library, _download(library, "", cache))
-    return differences(kept(library)[newest]["functions"], signatures(library, files), f"{library.name} {files.name}")
+    label = f"{library.name} {newest} -> {files.name}"
+    return differences(kept(library)[newest]["functions"], signatures(library, files), label)
 
 
-def main() -> None:
+def history(library: Library) -> list[str]:
+    """What each kept version changed against the one before it."""
+    lines = []
+    for (old, before), (new, after) in itertools.pairwise(kept(library).items()):
+        lines += differences(before["functions"], after["functions"], f"{library.name} {old} -> {new}")
+    return lines
+
+
+def _compared(library: Library, cache: Path, options: argparse.Namespace) -> list[str]:
+    if options.history:
+        return history(library)
+    return upstream(library, cache) if options.latest else refresh(library, cache, not options.check)
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("library", nargs="*")
     parser.add_argument("--cache", type=Path)
-    parser.add_argument("--latest", action="store_true")
-    parser.add_argument("--check", action="store_true")
-    options = parser.parse_args()
+    how = parser.add_mutually_exclusive_group()
+    for name in ("--check", "--latest", "--history"):
+        how.add_argument(name, action="store_true")
+    options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as temporary:
         cache = options.cache or Path(temporary)
         cache.mkdir(parents=True, exist_ok=True)
         changes = []
         for library in libraries(options.library):
-            changes += upstream(library, cache) if options.latest else refresh(library, cache, not options.check)
+            changes += _compared(library, cache, options)
     print("\n".join(changes) or "nothing changed")
     raise SystemExit(1 if changes and (options.check or options.latest) else 0)
 
