@@ -126,7 +126,8 @@ def _download(library: Library, version: str, cache: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=cache) as fresh:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", fresh, spec]
         environment = {**os.environ, **library.table.get("environment", {})}
-        subprocess.run([*command, *_options(library)], check=True, env=environment)
+        beta = ["--pre"] if re.search(r"\d(a|b|rc)\d", library.versions()[-1]) else []
+        subprocess.run([*command, *beta, *_options(library)], check=True, env=environment)
         (archive,) = Path(fresh).iterdir()
         return archive.rename(cache / archive.name)
 
