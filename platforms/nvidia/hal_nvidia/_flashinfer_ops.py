@@ -26,6 +26,9 @@ def rms_norm(request: RmsNormRequest, device: hal.Device) -> Callable[..., Tenso
 
     def call(x: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tensor:
         if out is None:
+            if x.dim() == 2:
+                found: Tensor = function(x, weight, eps)
+                return found
             out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         rows, results = _alike(x, out)
         function(rows, weight, eps, out=results)
@@ -36,25 +39,24 @@ def rms_norm(request: RmsNormRequest, device: hal.Device) -> Callable[..., Tenso
 
 def silu_and_mul(request: SiluAndMulRequest, device: hal.Device) -> Callable[..., Tensor]:
     """``silu_and_mul``."""
-    return _gate(importlib.import_module("flashinfer.activation").silu_and_mul, request.hidden_size)
+    return _gate(importlib.import_module("flashinfer.activation").silu_and_mul)
 
 
 def gelu_and_mul(request: GeluAndMulRequest, device: hal.Device) -> Callable[..., Tensor]:
     """``gelu_and_mul``, which is the one with erf, or ``gelu_tanh_and_mul``."""
     module = importlib.import_module("flashinfer.activation")
     function = module.gelu_tanh_and_mul if request.approximate == "tanh" else module.gelu_and_mul
-    return _gate(function, request.hidden_size)
+    return _gate(function)
 
 
-def _gate(function: Callable[..., Any], hidden: int) -> Callable[..., Tensor]:
+def _gate(function: Callable[..., Any]) -> Callable[..., Tensor]:
     def call(x: Tensor, *, out: Tensor | None = None) -> Tensor:
         x = x.contiguous()  # read by its shape alone; declared in Kernel.copies
-        straight = out is not None and out.is_contiguous()
-        result = out if straight and out is not None else x.new_empty((*x.shape[:-1], hidden))
-        function(x, out=result)
-        if out is None or straight:
-            return result
-        return out.copy_(result)
+        if out is None or not out.is_contiguous():
+            made: Tensor = function(x)
+            return made if out is None else out.copy_(made)
+        function(x, out=out)
+        return out
 
     return call
 

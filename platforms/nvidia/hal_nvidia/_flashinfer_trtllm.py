@@ -203,13 +203,13 @@ class _Xqa(_Paged):
         v_scale: Tensor | None,
         return_lse: bool,
     ) -> Any:
-        rows = q.shape[0]
+        rows, whole = q.shape[0], q.shape[0] == step.batch
         return self._function(
             q,
             caches,
             buffer,
-            step.block_table[:rows],
-            step.kv_lens[:rows],
+            step.block_table if whole else step.block_table[:rows],
+            step.kv_lens if whole else step.kv_lens[:rows],
             max_seq_len=step.max_kv_len,
             bmm1_scale=scale,
             bmm2_scale=1.0 if v_scale is None else v_scale,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import hal
 from hal_nvidia import _flashinfer_pool as pool
-from hal_ops.attention import AttentionRequest
+from hal_ops.attention import AttentionRequest, Step
 
 __all__ = ["fmha_v2_prefill"]
 
@@ -21,13 +21,22 @@ def fmha_v2_prefill(request: AttentionRequest, device: hal.Device) -> _FmhaV2:
 
 
 class _FmhaV2:
-    """Lengths stay on the device; a dense call's are made there."""
+    """Lengths stay on the device; a dense call's are made there.
 
-    def __init__(self, request: AttentionRequest, device: hal.Device) -> None:
+    What a row without keys gets is anybody's guess, and is set to 0 where there may be one: not in a dense call with
+    enough keys, nor in a planned step, whose keys are its queries' own.
+    """
+
+    def __init__(self, request: AttentionRequest, device: hal.Device, *, all_see: bool = False) -> None:
+        self._request, self._device, self._all_see = request, device, all_see
         self._function = importlib.import_module("flashinfer.prefill").trtllm_fmha_v2_prefill
         self._place = device.torch_device()
         self._scale = request.softmax_scale
         self._causal = request.causal
+
+    def for_step(self, step: Step) -> _FmhaV2:
+        """The same for a step whose keys are its queries' own."""
+        return _FmhaV2(self._request, self._device, all_see=step.slot_mapping.shape[0] == sum(step.q_lens))
 
     def __call__(
         self,
@@ -46,14 +55,18 @@ class _FmhaV2:
         if cu_seqlens_q is None or cu_seqlens_k is None:
             lengths = self._even(q.shape[0], q.shape[1]), self._even(q.shape[0], k.shape[1])
             out = self._attend(
-                q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), *lengths, q.shape[1], k.shape[1], sinks
-            )
+                q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), *lengths, q.shape[1], k.shape[1], sinks,
+                all_see=q.shape[1] <= k.shape[1],
+            )  # fmt: skip
             return out.view(*q.shape[:2], *out.shape[1:])
-        return self._attend(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sinks)
+        return self._attend(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sinks, all_see=self._all_see
+        )
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: Any, max_k: Any, sinks: Tensor | None
-    ) -> Tensor:
+        self, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: Any, max_k: Any, sinks: Tensor | None,
+        *, all_see: bool,
+    ) -> Tensor:  # fmt: skip
         out: Tensor = self._function(
             (q.contiguous(), k.contiguous(), v.contiguous()),  # read by their shapes; declared in Kernel.copies
             "SEPARATE_Q_K_V",
@@ -69,6 +82,8 @@ class _FmhaV2:
             sinks=sinks,
             mask_mode="causal" if self._causal else "padding",
         )
+        if all_see:
+            return out
         return out.masked_fill_(_unseeing(cu_q, cu_k, q.shape[0], self._causal).view(-1, 1, 1), 0.0)
 
     def _even(self, batch: int, length: int) -> Tensor:

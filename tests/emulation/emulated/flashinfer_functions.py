@@ -239,8 +239,9 @@ def gelu_tanh_and_mul(input: Tensor, out: Tensor = None) -> Tensor:  # type: ign
     return _gate(input, out, lambda x: functional.gelu(x, approximate="tanh"))
 
 
-def _gate(x: Tensor, out: Tensor, activation: Any) -> Tensor:
+def _gate(x: Tensor, out: Tensor | None, activation: Any) -> Tensor:
     """Rows are found by their number: a view would be misread."""
+    out = x.new_empty((*x.shape[:-1], x.shape[-1] // 2)) if out is None else out
     assert x.is_contiguous()
     assert out.is_contiguous()
     assert x.shape[-1] % 16 == 0
