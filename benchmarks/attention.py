@@ -1,339 +1,247 @@
-"""Attention on a CUDA device: our Triton kernels beside torch's, flash-attn 3 and flashinfer; one table and one JSON.
+"""Attention: our kernels beside others' over one grid, and the project's targets; one run, one table, one JSON.
 
-``PYTHONPATH=.:ops python benchmarks/attention.py --json out.json``. Prefill (P), extend (V, X: ragged queries over a
-paged cache) and, from ``decode.py`` beside this file, decode (D). All sides of a ratio run in this one process, on
-random data; times are medians. What is compared with is what can be imported.
+``python benchmarks/attention.py --json out.json`` on an accelerator. ``--only decode,prefill`` runs parts (``prefill``,
+``extend``, ``decode``, ``ops``, ``host``), ``--only E1,P12`` cases, ``--without flashinfer`` leaves sides out. ``--device
+cpu --quick`` tries the script out, small and on the CPU's kernels; those are no figures.
 
-FLOP count 2 for each product of a query with a key that it sees, and of a weight with a value. Fractions are of this
-device's own rates, measured first: a bfloat16 product of 8192 x 8192 matrices, and a copy. ``torch`` is
-``scaled_dot_product_attention`` by its flash and by its cuDNN kernel, over contiguous keys, where that means the same.
-Short cases run over several inputs in turn, more than the L2 holds.
+The cases are in ``grid.py``, whose attention is compared in ``sides.py``, how times are taken in ``timing.py``. All
+sides of a ratio run in this process in turns, on random data. Fractions are of this device's own rates, measured
+first: a copy, and a bfloat16 product of 8192 x 8192 matrices. ``torch`` sides have their keys one behind the other.
+Errors are relative to float32, on the last queries of the first and last row.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import importlib
-import importlib.util
 import json
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
-from hal_ops._dtypes import is_fp8, torch_dtype
-from hal_ops.attention import AttentionRequest, masks
-from hal_ops.attention.paged_inputs import make_step
-from hal_ops.attention.triton_extend import extend
-from hal_ops.attention.triton_prefill import prefill
+sys.path.insert(0, str(Path(__file__).parent))
 
-Call = Callable[[], Any]
-L2 = 180 << 20
-AZURE = (207, 396, 1020, 1189, 2734, 4083, 129, 1155)
-CHUNKS = ((256, 4), (512, 8), (768, 16), (1024, 32), (384, 12), (640, 24), (896, 30), (128, 2))
+from grid import CASES, NOT_HERE, Case, Inputs
+from sides import SIDES, MissingError, Side, runs_of
+from timing import Clock, reason_of
+
+PARTS = ("prefill", "extend", "decode", "ops", "host")
+
+Row = dict[str, Any]
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """``lengths``: (queries, keys) a row. ``page``: 0 for a prefill, which is dense."""
-
-    name: str
-    heads: tuple[int, int]
-    dims: tuple[int, int]
-    lengths: tuple[tuple[int, int], ...]
-    page: int = 0
-    extra: tuple[tuple[str, Any], ...] = ()
-
-    def request(self) -> AttentionRequest:
-        return AttentionRequest(
-            num_q_heads=self.heads[0], num_kv_heads=self.heads[1], head_dim=self.dims[0], v_head_dim=self.dims[1],
-            dtype="bfloat16", page_size=self.page or 16, kv_layout="NHD", **dict(self.extra),
-        )  # fmt: skip
-
-    def flop(self) -> float:
-        limits = masks.sides(self.request().causal, self.request().window)
-        pairs = sum(_pairs(q, kv, limits) for q, kv in self.lengths)
-        return 2.0 * self.heads[0] * sum(self.dims) * pairs
-
-    def num_bytes(self) -> float:
-        """Each of q, k, v read and out written once."""
-        request = self.request()
-        queries, keys = (sum(n) for n in zip(*self.lengths, strict=True))
-        item = torch_dtype(request.kv_dtype).itemsize if self.page else 2
-        return (2 * queries * self.heads[0] + item * keys * self.heads[1]) * float(sum(self.dims))
-
-
-def _pairs(q_len: int, kv_len: int, limits: Any) -> int:
-    positions = torch.arange(kv_len - q_len, kv_len)
-    low = torch.zeros_like(positions) if limits[0] is None else (positions - limits[0]).clamp_min(0)
-    high = torch.full_like(positions, kv_len) if limits[1] is None else (positions + limits[1] + 1).clamp_max(kv_len)
-    return int((high - low).clamp_min(0).sum())
-
-
-def dense(batch: int, length: int) -> tuple[tuple[int, int], ...]:
-    return ((length, length),) * batch
-
-
-CASES = (
-    Case("P1 16/16 d128 16k causal", (16, 16), (128, 128), dense(1, 16384)),
-    Case("P2 16/16 d128 16k full", (16, 16), (128, 128), dense(1, 16384), 0, (("causal", False),)),
-    Case("P3 32/32 d64 16k causal", (32, 32), (64, 64), dense(1, 16384)),
-    Case("P4 8/8 d256 16k causal", (8, 8), (256, 256), dense(1, 16384)),
-    Case("P5 Llama-70B 8k", (64, 8), (128, 128), dense(1, 8192)),
-    Case("P6 Llama-70B 2k", (64, 8), (128, 128), dense(1, 2048)),
-    Case("P8 gpt-oss B2 8k window 128 sinks", (64, 8), (64, 64), dense(2, 8192), 0, (("window", 128), ("sinks", True))),
-    Case(
-        "P9 Gemma-2 8k window 4096 softcap",
-        (16, 8),
-        (256, 256),
-        dense(1, 8192),
-        0,
-        (("window", 4096), ("softcap", 50.0)),
-    ),
-    Case("P10 DeepSeek-V3 4k 192/128", (128, 128), (192, 128), dense(1, 4096)),
-    Case("P11 Qwen3.5 8k d256", (32, 2), (256, 256), dense(1, 8192)),
-    Case("P12 Llama-8B B4 4k", (32, 8), (128, 128), dense(4, 4096)),
-    Case("P13 Llama-8B 32k", (32, 8), (128, 128), dense(1, 32768)),
-    Case("P14 Llama-8B 32k window 1024", (32, 8), (128, 128), dense(1, 32768), 0, (("window", 1024),)),
-    Case("P15 32/8 d96 B2 8k", (32, 8), (96, 96), dense(2, 8192)),
-    Case("P16 32/8 d80 B2 8k", (32, 8), (80, 80), dense(2, 8192)),
-    Case("V0 Llama-8B B8 512 new on 8k", (32, 8), (128, 128), ((512, 8704),) * 8, 16),
-    Case("V1 Llama-8B B8 512 of 4608", (32, 8), (128, 128), ((512, 4608),) * 8, 16),
-    Case("V2 Qwen2.5-7B B16 mixed", (28, 4), (128, 128), tuple((n, n) for n in AZURE * 2), 16),
-    Case("V3 Mistral B4 2k of 8k window 4096", (32, 8), (128, 128), ((2048, 8192),) * 4, 16, (("window", 4096),)),
-    Case("V4 Llama-70B 103", (64, 8), (128, 128), ((103, 103),), 16),
-    Case("V5 Llama-8B mixed page 64", (32, 8), (128, 128), tuple((q, (k << 10) + q) for q, k in CHUNKS), 64),
-    Case("V6 Llama-8B e4m3 page 64", (32, 8), (128, 128), ((512, 4608),) * 8, 64, (("kv_dtype", "float8_e4m3fn"),)),
-    Case("V7 Llama-8B B8 512 new on 8k page 256", (32, 8), (128, 128), ((512, 8704),) * 8, 256),
-    Case("X1 Llama-8B 1 prefill, 31 decodes", (32, 8), (128, 128), ((2048, 2048), *(((1, 4096),) * 31)), 16),
-    Case("X2 Llama-8B three rows", (32, 8), (128, 128), ((1, 1328), (5, 18), (129, 463)), 16),
-)
-
-
-@dataclasses.dataclass
-class Inputs:
-    """A case on the device; ``sets`` are as many (q, k, v) as do not fit the L2 together."""
-
-    case: Case
-    request: AttentionRequest
-    sets: list[tuple[Tensor, Tensor, Tensor]]
-    step: Any
-    kwargs: dict[str, Tensor]
-
-    @staticmethod
-    def of(case: Case) -> Inputs:
-        torch.manual_seed(0)
-        request = case.request()
-        kwargs = {"sinks": torch.randn(case.heads[0], device="cuda")} if request.sinks else {}
-        if is_fp8(request.kv_dtype):
-            kwargs |= {"k_scale": torch.ones(1, device="cuda"), "v_scale": torch.ones(1, device="cuda")}
-        pages = [-(-kv // case.page) if case.page else 0 for _, kv in case.lengths]
-        step = _step(case, pages) if case.page else None
-        count = min(64, 1 + int(L2 // case.num_bytes()))
-        return Inputs(case, request, [_tensors(case, request, sum(pages)) for _ in range(count)], step, kwargs)
-
-
-def _step(case: Case, pages: list[int]) -> Any:
-    table, order, taken = torch.zeros(len(pages), max(pages), dtype=torch.int32), torch.randperm(sum(pages)).int(), 0
-    for row, count in enumerate(pages):
-        table[row, :count] = order[taken : taken + count]
-        taken += count
-    return make_step([q for q, _ in case.lengths], [kv for _, kv in case.lengths], table, case.page, "cuda")
-
-
-def _tensors(case: Case, request: AttentionRequest, pages: int) -> tuple[Tensor, Tensor, Tensor]:
-    lead = (pages, case.page) if case.page else (len(case.lengths), case.lengths[0][1])
-    queries = (sum(q for q, _ in case.lengths),) if case.page else (len(case.lengths), case.lengths[0][0])
-    q = torch.randn(*queries, case.heads[0], case.dims[0], device="cuda").bfloat16()
-    kv_dtype = torch_dtype(request.kv_dtype) if case.page else torch.bfloat16
-    k, v = (torch.randn(*lead, case.heads[1], dim, device="cuda").bfloat16().to(kv_dtype) for dim in case.dims)
-    return q, k, v
-
-
-def triton_calls(inputs: Inputs) -> list[Call]:
-    if inputs.step is None:
-        run: Any = prefill(inputs.request, "cuda")
-        return [lambda s=s: run(*s, **inputs.kwargs) for s in inputs.sets]
-    impl: Any = extend(inputs.request, "cuda")
-    payload = impl.plan(inputs.step)
-    return [lambda s=s: impl(*s, inputs.step, payload, **inputs.kwargs) for s in inputs.sets]
-
-
-def flash_attn_3_calls(inputs: Inputs) -> list[Call]:
-    fa3 = importlib.import_module("flash_attn_interface")
-    r, step = inputs.request, inputs.step
-    if is_fp8(r.kv_dtype):
-        raise NotImplementedError("it takes an FP8 cache with FP8 queries only")
-    window = (-1, -1) if r.window[0] is None else (r.window[0], 0)
-    more: dict[str, Any] = {"causal": r.causal, "window_size": window, "softcap": r.softcap}
-    if r.sinks:
-        raise NotImplementedError("flash_attn_func takes no sinks")
-    if step is None:
-        return [lambda s=s: fa3.flash_attn_func(*s, **more) for s in inputs.sets]
-    more |= {"cache_seqlens": step.kv_lens, "page_table": step.block_table}
-    more |= {"cu_seqlens_q": step.cu_seqlens_q, "max_seqlen_q": step.max_q_len}
-    return [lambda s=s: fa3.flash_attn_with_kvcache(*s, **more) for s in inputs.sets]
-
-
-def torch_calls(backend: SDPBackend) -> Callable[[Inputs], list[Call]]:
-    def make(inputs: Inputs) -> list[Call]:
-        r = inputs.request
-        if inputs.step is not None or r.window != (None, None) or r.softcap or r.sinks:
-            raise NotImplementedError("not one call of this function")
-
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            gqa = r.group_size > 1
-            with sdpa_kernel(backend):
-                return scaled_dot_product_attention(q, k, v, is_causal=r.causal, enable_gqa=gqa).transpose(1, 2)
-
-        turned = [tuple(x.transpose(1, 2) for x in s) for s in inputs.sets]
-        return [lambda s=s: attend(*s) for s in turned]
-
-    return make
-
-
-def flashinfer_calls(inputs: Inputs) -> list[Call]:
-    flashinfer = importlib.import_module("flashinfer")
-    r, step = inputs.request, inputs.step
-    if step is None or r.sinks or is_fp8(r.kv_dtype):
-        raise NotImplementedError("compared on paged caches alone")
-    memory = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-    wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(memory, "NHD")
-    counts = [-(-kv // step.page_size) for kv in step.kv_lens_host]
-    starts = torch.tensor([0, *counts]).cumsum(0).int().cuda()
-    indices = torch.cat([step.block_table[row, :count] for row, count in enumerate(counts)])
-    last = torch.tensor([(kv - 1) % step.page_size + 1 for kv in step.kv_lens_host]).int().cuda()
-    left = -1 if r.window[0] is None else r.window[0]
-    wrapper.plan(
-        step.cu_seqlens_q, starts, indices, last, r.num_q_heads, r.num_kv_heads, r.head_dim, step.page_size,
-        causal=r.causal, window_left=left, q_data_type=torch.bfloat16,
-    )  # fmt: skip
-    return [lambda s=s: wrapper.run(s[0], (s[1], s[2])) for s in inputs.sets]
-
-
-SIDES: dict[str, Callable[[Inputs], list[Call]]] = {
-    "triton": triton_calls,
-    "fa3": flash_attn_3_calls,
-    "torch flash": torch_calls(SDPBackend.FLASH_ATTENTION),
-    "torch cudnn": torch_calls(SDPBackend.CUDNN_ATTENTION),
-    "flashinfer": flashinfer_calls,
-}
-
-
-def seconds(calls: list[Call], budget: float = 0.15) -> float:
-    """Median seconds of one call, by device events around rounds over all inputs."""
-    for call in calls[:3]:
-        call()
-    once = _round(calls)
-    return statistics.median(_round(calls) for _ in range(max(5, min(30, int(budget / (once * len(calls)))))))
-
-
-def _round(calls: list[Call]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for call in calls:
-        call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) * 1e-3 / len(calls)
-
-
-def rates() -> dict[str, float]:
-    """Bytes a second of a copy (read and written), FLOP a second of a matrix product."""
-    x = torch.empty(2 << 30, dtype=torch.bfloat16, device="cuda").normal_()
-    y = torch.empty_like(x)
-    a, b = (torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2))
-    return {"copy": 2 * x.numel() * 2 / seconds([lambda: y.copy_(x)]), "matmul": 2 * 8192**3 / seconds([lambda: a @ b])}
-
-
-def run_case(case: Case, sides: dict[str, Callable[[Inputs], list[Call]]], device: dict[str, float]) -> dict[str, Any]:
-    inputs = Inputs.of(case)
-    row: dict[str, Any] = {"case": case.name, "flop": case.flop(), "bytes": case.num_bytes()}
-    right: Tensor | None = None
-    for name, make in sides.items():
+def run_case(case: Case, sides: Sequence[Side], clock: Clock, rates: dict[str, float]) -> Row:
+    """One case by every side: ``{"case", "phase", "flop", "bytes", "sides": {name: figures or {"missing": why}}}``."""
+    inputs = Inputs.of(case, clock.device)
+    row: Row = {"case": case.name, "phase": case.phase, "flop": case.flop(), "bytes": case.num_bytes(), "sides": {}}
+    timed = {}
+    for side in sides:
         try:
-            calls = make(inputs)
-            out = calls[0]()
-        except (ImportError, NotImplementedError, RuntimeError, ValueError, AttributeError, TypeError) as error:
-            row[f"{name} absent"] = f"{type(error).__name__}: {error}".splitlines()[0][:160]
-            continue
-        out = (out[0] if isinstance(out, tuple) else out).float()
-        right = out if right is None else right
-        row[name] = seconds(calls)
-        row[f"{name} differs"] = float((out - right).norm() / right.norm())
-    taken = row["triton"]
-    row["of matmul"] = row["flop"] / taken / device["matmul"]
-    row["of copy"] = row["bytes"] / taken / device["copy"]
+            runs = runs_of(side, inputs)
+            out = runs.calls[0]()
+            error = inputs.judge(out[0] if isinstance(out, tuple) else out)
+            rounds = max(1, -(-8 // len(runs.calls))) if case.phase == "decode" and not clock.quick else 1
+            timed[side.name] = clock.prepare(runs.calls * rounds)
+            about = {"kernel": runs.kernel, "error": error, "timed by": timed[side.name].how}
+            row["sides"][side.name] = about | ({"note": runs.note} if runs.note else {})
+        except MissingError as error:
+            row["sides"][side.name] = {"missing": str(error)}
+        except Exception as error:
+            row["sides"][side.name] = {"missing": f"failed: {reason_of(error)}"}
+    try:
+        times = clock.in_turns(timed)
+    except RuntimeError as error:
+        row["sides"] |= {name: {"missing": f"failed while timed: {reason_of(error)}"} for name in timed}
+        return row
+    for name, seconds in times.items():
+        flops, traffic = row["flop"] / seconds, row["bytes"] / seconds
+        row["sides"][name] |= {
+            "us": seconds * 1e6, "TFLOP/s": flops / 1e12, "of matmul": flops / rates["matmul"],
+            "TB/s": traffic / 1e12, "of copy": traffic / rates["copy"],
+        }  # fmt: skip
     return row
 
 
-def heading() -> str:
-    others = "".join(f"{name:>13}" for name in list(SIDES)[1:])
-    return f"{'':40}{'us':>9}{'TFLOP/s':>9}{'of matmul':>10}{'TB/s':>7}{'of copy':>8}{others}"
+def ratio(row: Row, other: str, ours: str) -> float | None:
+    """Their time over ours: above 1 we are faster. None where one of them did not run."""
+    times = [row["sides"].get(name, {}).get("us") for name in (other, ours)]
+    return None if None in times else times[0] / times[1]
 
 
-def line(row: dict[str, Any]) -> str:
-    taken = row["triton"]
-    others = "".join(f"{row[n] / taken:12.2f}x" if n in row else f"{'-':>13}" for n in list(SIDES)[1:])
-    rate, traffic = row["flop"] / taken / 1e12, row["bytes"] / taken / 1e12
-    ours = f"{taken * 1e6:9.1f}{rate:9.0f}{row['of matmul']:10.2f}{traffic:7.2f}{row['of copy']:8.2f}"
-    return f"{row['case']:40}{ours}{others}"
+def heading(sides: Sequence[Side]) -> str:
+    columns = ("us", "TFLOP/s", "of matmul", "TB/s", "of copy", "error", *(f"{s.name} /" for s in sides[1:]))
+    return f"{sides[0].name:36}" + "".join(f"{c:>13}" if c.endswith("/") else f"{c:>10}" for c in columns)
 
 
-def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for letters, what in (("P", "prefill"), ("VX", "extend")):
-        for name in list(SIDES)[1:]:
-            ratios = [row[name] / row["triton"] for row in rows if row["case"][0] in letters and name in row]
-            if ratios:
-                found[f"{what}, geometric mean against {name}"] = statistics.geometric_mean(ratios)
-    by_name = {row["case"].split()[0]: row for row in rows}
-    if {"P13", "P14"} <= set(by_name):
-        found["window 1024 at 32k, times faster than without"] = by_name["P13"]["triton"] / by_name["P14"]["triton"]
+def line(row: Row, sides: Sequence[Side]) -> str:
+    """Ours in figures, the others as multiples of our time."""
+    ours = row["sides"][sides[0].name]
+    if "us" not in ours:
+        return f"{row['case']:36}{ours['missing']}"
+    figures = f"{ours['us']:10.1f}{ours['TFLOP/s']:10.1f}{ours['of matmul']:10.3f}{ours['TB/s']:10.2f}"
+    figures += f"{ours['of copy']:10.3f}{ours['error']:10.1e}"
+    others = (ratio(row, side.name, sides[0].name) for side in sides[1:])
+    return f"{row['case']:36}{figures}" + "".join(f"{'-':>13}" if r is None else f"{r:12.2f}x" for r in others)
+
+
+def missing(rows: Sequence[Row]) -> list[str]:
+    """Who did not run which cases, a line a reason."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        for name, side in row["sides"].items():
+            if "missing" in side:
+                found.setdefault((name, side["missing"]), []).append(row["case"].partition(" ")[0])
+    return [f"{name}: not {', '.join(cases)}: {why}" for (name, why), cases in found.items()]
+
+
+class Target(NamedTuple):
+    """A figure that the project wants: ``value`` finds it in a run, or gives None where its cases did not run."""
+
+    what: str
+    least: float
+    aim: float
+    value: Callable[[Run], float | None]
+
+
+class Run(NamedTuple):
+    """What was measured. ``ops``: op to its fraction of copy; ``host``: see ``host.py``."""
+
+    rows: Sequence[Row]
+    ours: str
+    ops: dict[str, float]
+    host: dict[str, float]
+
+    def geomean(self, cases: str, other: str) -> float | None:
+        """Over the cases whose name starts with one of the letters."""
+        ratios = [r for row in self.rows if row["case"][0] in cases and (r := ratio(row, other, self.ours)) is not None]
+        return statistics.geometric_mean(ratios) if ratios else None
+
+    def of(self, case: str, figure: str) -> float | None:
+        """A figure of ours."""
+        rows = [row["sides"].get(self.ours, {}) for row in self.rows if row["case"].startswith(f"{case} ")]
+        return rows[0].get(figure) if rows else None
+
+    def against(self, case: str, other: str) -> float | None:
+        rows = [ratio(row, other, self.ours) for row in self.rows if row["case"].startswith(f"{case} ")]
+        return rows[0] if rows else None
+
+    def windowed(self) -> float | None:
+        whole, window = self.of("P13", "us"), self.of("P14", "us")
+        return None if whole is None or window is None else whole / window
+
+
+def _op(name: str) -> Callable[[Run], float | None]:
+    return lambda run: run.ops.get(name)
+
+
+TARGETS = (
+    Target("decode D1 to D17 against fa3, geometric mean", 1.05, 1.2, lambda run: run.geomean("D", "fa3")),
+    Target("decode E1 (B64 L8192 32/8 D128), of copy", 1.0, 1.04, lambda run: run.of("E1", "of copy")),
+    Target("decode E2 (B64 L8192 64/8 D64), of copy", 0.95, 1.0, lambda run: run.of("E2", "of copy")),
+    Target("prefill against fa3, geometric mean", 0.75, 0.95, lambda run: run.geomean("P", "fa3")),
+    Target("prefill of 32k: window 1024, times faster", 10.0, 20.0, Run.windowed),
+    Target("extend V0 (512 new on 8k, B8) against fa3", 0.75, 0.95, lambda run: run.against("V0", "fa3")),
+    Target("rms_norm 8192x8192, of copy", 0.9, 0.97, _op("rms_norm")),
+    Target("silu_and_mul 8192x8192, of copy", 0.9, 0.97, _op("silu_and_mul")),
+    Target("rotary_embedding 8192 tokens, of copy", 0.9, 0.97, _op("rotary_embedding")),
+    Target("kv_cache_write 8192x8192, of copy", 0.9, 0.97, _op("kv_cache_write")),
+    Target("host time of a planned decode call, over a launch", 1.3, 1.1, lambda run: run.host.get("ratio")),
+)
+"""For the last one less is better: its ``least`` is the most."""
+
+
+def summary(run: Run) -> list[dict[str, Any]]:
+    """The targets, and the geometric means against everyone, with what was found."""
+    found = []
+    for what, least, aim, value in TARGETS:
+        got = value(run)
+        less = aim < least
+        reached = None if got is None else (got <= least if less else got >= least)
+        found.append({"what": what, "found": got, "at most" if less else "at least": least, "aim": aim, "ok": reached})
+    others = dict.fromkeys(name for row in run.rows for name in row["sides"] if name != run.ours)
+    for phase, letters in (("prefill", "P"), ("extend", "VX"), ("decode", "D")):
+        for name in others:
+            if (got := run.geomean(letters, name)) is not None and (phase, name) not in _AS_TARGET:
+                found.append({"what": f"{phase} against {name}, geometric mean", "found": got})
     return found
 
 
-def decode_rows(copy: float) -> list[dict[str, Any]]:
-    sys.path.insert(0, str(Path(__file__).parent))
-    decode = importlib.import_module("decode")
-    compare = importlib.util.find_spec("flash_attn_interface") is not None
-    return [decode.run_case(case, copy, compare) for case in decode.CASES]
+_AS_TARGET = {("prefill", "fa3"), ("decode", "fa3")}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def summary_line(row: dict[str, Any]) -> str:
+    got = "not run" if row["found"] is None else f"{row['found']:.3f}"
+    bound = next((f"{n} {row[n]:g}, aim {row['aim']:g}" for n in ("at least", "at most") if n in row), "")
+    verdict = {True: "ok", False: "MISSED"}.get(row.get("ok"), "")  # type: ignore[call-overload]
+    return f"{row['what']:52}{got:>10}   {bound:26}{verdict}".rstrip()
+
+
+def wanted(case: Case, only: Sequence[str]) -> bool:
+    """``only`` holds parts and ids of cases; empty means all."""
+    return not only or case.phase in only or case.id in only
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--without", default="", help="sides to leave out, with commas")
-    parser.add_argument("--no-decode", action="store_true")
-    given = parser.parse_args()
-    device = rates()
-    name = torch.cuda.get_device_name()
-    print(f"{name}: copy {device['copy'] / 1e12:.2f} TB/s, matmul {device['matmul'] / 1e12:.0f} TFLOP/s")
-    print("times of the others as multiples of ours")
-    sides = {n: make for n, make in SIDES.items() if n not in given.without.split(",")}
-    rows: list[dict[str, Any]] = []
-    print(heading())
+    parser.add_argument("--only", type=_names, default=[], help=f"of {', '.join(PARTS)} and ids of cases, with commas")
+    parser.add_argument("--without", type=_names, default=[], help="sides to leave out, with commas")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--quick", action="store_true", help="small cases and few rounds: no figures")
+    given = parser.parse_args(arguments)
+    known = {*PARTS, *(case.id for case in CASES)}
+    if unknown := [name for name in given.only if name not in known]:
+        parser.error(f"--only {','.join(unknown)}: choose of {', '.join(PARTS)} and {', '.join(c.id for c in CASES)}")
+    return given
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def others(given: argparse.Namespace, clock: Clock) -> tuple[Any, Any]:
+    """The ops and the host's times, where they are wanted; what fails says why."""
+    found: list[Any] = []
+    for part in ("ops", "host"):
+        result: Any = {}
+        if not given.only or part in given.only:
+            try:
+                result = __import__(part).targets(clock)
+            except Exception as error:
+                result = {"missing": reason_of(error)}
+            print(part, {n: round(x, 3) if isinstance(x, float) else x for n, x in result.items()}, flush=True)
+        found.append(result)
+    return found[0], found[1]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = parse(arguments)
+    clock = Clock(given.device, quick=given.quick)
+    rates = {"copy": clock.copy_rate(), "matmul": clock.matmul_rate()}
+    print(f"{clock.name()}: copy {rates['copy'] / 1e12:.3f} TB/s, matmul {rates['matmul'] / 1e12:.1f} TFLOP/s")
+    sides = [side for side in SIDES[torch.device(given.device).type] if side.name not in given.without]
+    rows = []
+    print(heading(sides))
     for case in CASES:
-        if given.only in case.name:
-            rows.append(run_case(case, sides, device))
-            print(line(rows[-1]), flush=True)
-    found = summary(rows)
-    decode = [] if given.no_decode else decode_rows(device["copy"])
-    for row in decode:
-        print(" ".join(f"{n} {v:.3g}" if isinstance(v, float) else str(v) for n, v in row.items()))
-    print(json.dumps(found, indent=1))
+        if wanted(case, given.only):
+            rows.append(run_case(case.quick() if given.quick else case, sides, clock, rates))
+            print(line(rows[-1], sides), flush=True)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+    ops, host = others(given, clock)
+    print(*missing(rows), *(f"{ids}: {why}" for ids, why in NOT_HERE.items()), sep="\n")
+    found = summary(Run(rows, sides[0].name, ops, host))
+    print(*map(summary_line, found), sep="\n")
     if given.json:
-        rows_json = {"device": name, **device, "summary": found, "cases": rows, "decode": decode}
-        given.json.write_text(json.dumps(rows_json, indent=1) + "\n")
+        about = {"device": clock.name(), **rates, "summary": found, "ops": ops, "host": host, "not here": NOT_HERE}
+        given.json.write_text(json.dumps({**about, "cases": rows}, indent=1) + "\n")
+    failed = [row["case"] for row in rows if "us" not in row["sides"][sides[0].name]]
+    print("OURS DID NOT RUN: " + ", ".join(failed) if failed else "all cases ran with our kernels")
+    return int(bool(failed))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -4,8 +4,8 @@ A configuration is for tiles of up to ``rows`` pairs of a query token and a quer
 to ``dims`` elements (each padded to a power of two), of ``item`` bytes each. ``stages`` is one more than the buffers for
 blocks of both.
 
-Chosen by measuring on an H200 (``benchmarks/decode.py``); for other archs by what fits their shared memory. An unknown
-arch gets the smallest, which fits 64 KiB.
+Chosen by measuring on an H200 (``benchmarks/attention.py --only decode``); for other archs by what fits their shared
+memory. An unknown arch gets the smallest, which fits 64 KiB.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ class RotaryConfig:
 
 
 CONFIGS = {"neox": RotaryConfig(1024, 2), "interleaved": RotaryConfig(1024, 2)}
-"""By style, for every arch; measured on an H200 (sm_90): ``benchmarks/ops.py --tune``."""
+"""By style, for every arch; measured on an H200 (sm_90): ``benchmarks/tune_ops.py``."""
 
 
 @triton.jit
