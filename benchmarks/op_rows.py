@@ -45,7 +45,10 @@ class OpRow:
 _HEADS = ("num_q_heads", "num_kv_heads")
 _SIZES = {
     "rotary_embedding": _HEADS,
+    "rotary_kv_cache_write": _HEADS,
     "kv_cache_write": ("num_kv_heads",),
+    "kv_pages_copy": ("num_kv_heads",),
+    "kv_pages_gather": ("num_kv_heads",),
     "merge_attention_states": ("num_heads",),
 }
 _DIM = dict.fromkeys(_SIZES, "head_dim") | {"merge_attention_states": "v_head_dim"}
@@ -74,6 +77,11 @@ ROWS = (
     OpRow("kv_cache_write", (8192, 64), {"kv_layout": "HND"}),
     OpRow("kv_cache_write", (8192, 64), {"kv_dtype": _E4M3}),
     OpRow("kv_cache_write", (8192, 8)),
+    OpRow("rotary_kv_cache_write", (8192, 64, 8)),
+    OpRow("rotary_kv_cache_write", (8192, 64, 8), {"kv_dtype": _E4M3, "kv_layout": "HND"}),
+    OpRow("kv_pages_copy", (32768, 8)),
+    OpRow("kv_pages_gather", (32768, 8)),
+    OpRow("kv_pages_gather", (32768, 8), {"kv_dtype": _E4M3}),
     OpRow("merge_attention_states", (8192, 32)),
     OpRow("fp8_quantize", (8192, 8192), {"granularity": "token", "fp8_dtype": _E4M3}),
     OpRow("fp8_quantize", (8192, 8192), {"granularity": "tensor", "fp8_dtype": _E4M3}),
@@ -100,7 +108,7 @@ class OpCall:
     ``results`` turns what an implementation returned into the tensors to judge: those it made or changed.
     """
 
-    args: tuple[Tensor, ...]
+    args: tuple[Any, ...]
     num_bytes: int
     kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     changed: tuple[int, ...] = ()
@@ -110,7 +118,7 @@ class OpCall:
 
     def results(self, implementation: Callable[..., Any]) -> list[Tensor]:
         """What the implementation makes of copies of the inputs, in float64; caches as they are after the call."""
-        args = tuple(x.clone() for x in self.args)
+        args = tuple(x.clone() if isinstance(x, Tensor) else x for x in self.args)
         made = implementation(*args, **self.kwargs)
         found = made if isinstance(made, tuple) else () if made is None else (made,)
         return [x.to(torch.float64) for x in (*found, *(args[i] for i in self.changed))]
@@ -118,7 +126,10 @@ class OpCall:
 
 def call_of(row: OpRow, request: Request, device: str) -> OpCall:
     """Random inputs of a row, in the request's formats."""
-    makers = {"rotary_embedding": _rotary, "kv_cache_write": _write, "merge_attention_states": _merge}
+    makers = {
+        "rotary_embedding": _rotary, "kv_cache_write": _write, "merge_attention_states": _merge,
+        "rotary_kv_cache_write": _rotary_write, "kv_pages_copy": _copy, "kv_pages_gather": _gather,
+    }  # fmt: skip
     return makers.get(row.op, _rows)(row, request, device)
 
 
@@ -156,8 +167,8 @@ def _rotary(row: OpRow, request: Any, device: str) -> OpCall:
 
 def _caches(request: Any, pages: int, device: str) -> list[Tensor]:
     middle = (_PAGE, request.num_kv_heads) if request.kv_layout == "NHD" else (request.num_kv_heads, _PAGE)
-    empty = torch.zeros(pages, *middle, request.head_dim, device=device, dtype=torch.bfloat16)
-    return [empty.to(torch_dtype(request.kv_dtype)), empty.to(torch_dtype(request.kv_dtype)).clone()]
+    dtype = torch_dtype(request.kv_dtype)
+    return [torch.randn(pages, *middle, request.head_dim, device=device).to(dtype) for _ in range(2)]
 
 
 def _slots(tokens: int, device: str) -> Tensor:
@@ -181,3 +192,30 @@ def _merge(row: OpRow, request: Any, device: str) -> OpCall:
     lses = [torch.randn(*row.shape, device=device) for _ in range(2)]
     args = (outs[0], lses[0], outs[1], lses[1])
     return OpCall(args, _size(*args, outs[0], lses[0]))
+
+
+def _rotary_write(row: OpRow, request: Any, device: str) -> OpCall:
+    turned, written = _rotary(row, request, device), _write(row, request, device)
+    q, k, cos, sin, positions = turned.args
+    _, v, *others = written.args
+    # k is read once, and its turned form goes to the cache alone.
+    size = turned.num_bytes - 2 * k.nbytes + written.num_bytes
+    return OpCall((q, k, v, cos, sin, positions, *others), size, changed=(6, 7))
+
+
+def _copy(row: OpRow, request: Any, device: str) -> OpCall:
+    """The first half of the pages, each to one of the second half, in disorder."""
+    pages = row.shape[0] // _PAGE
+    caches = _caches(request, 2 * pages, device)
+    source, target = torch.randperm(pages, device=device), torch.randperm(pages, device=device) + pages
+    return OpCall((*caches, source, target), _size(*caches, source, target), changed=(0, 1))
+
+
+def _gather(row: OpRow, request: Any, device: str) -> OpCall:
+    """Eight rows of equal length, their pages in disorder."""
+    tokens, rows = row.shape[0], min(8, row.shape[0] // _PAGE)
+    caches = _caches(request, tokens // _PAGE, device)
+    table = torch.randperm(tokens // _PAGE, device=device).int().view(rows, -1)
+    lengths = (torch.arange(rows + 1, device=device) * (tokens // rows)).int()
+    size = _size(*caches) + 2 * caches[0].numel() * torch_dtype(request.dtype).itemsize
+    return OpCall((*caches, table, lengths, tokens, tokens // rows), size)

@@ -43,9 +43,12 @@ def traceable(selection: Selection, fn: Callable[..., Any]) -> Callable[..., Any
     name, outputs = _name(selection), resolve_target(op.traced.outputs)(request)
     returns = "Tensor" if op.traced.results == 1 else f"({', '.join(['Tensor'] * op.traced.results)})"
     fresh = node(name, op.traced.arguments, returns, fn, outputs, differentiable=gradients)
+    if not op.traced.results or not op.traced.takes_out:
+        return fresh
     outs = [f"out{i}" for i in range(op.traced.results)]
     changed = ", ".join(f"Tensor({'xyz'[i]}!) {out}" for i, out in enumerate(outs))
-    into = node(f"{name}_out", f"{op.traced.arguments}, *, {changed}", "()", _filling(fn, outs), _nothing)
+    arguments = op.traced.arguments if "*" in op.traced.arguments else f"{op.traced.arguments}, *"
+    into = node(f"{name}_out", f"{arguments}, {changed}", "()", _filling(fn, outs), _nothing)
     return _front(fresh, into, outs)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from hal import _portable_ops, _portable_triton
+from hal import _portable_cache, _portable_ops, _portable_triton
 from hal._arch import Arch
 from hal._constraints import Anything, Constraint, OneOf, Range, Windows
 from hal._device import Evidence, Probe
@@ -38,12 +38,12 @@ class PortablePlatform(Platform):
         return frozenset()
 
     def ops(self) -> Iterable[Op]:
-        return (ATTENTION, KV_CACHE_WRITE, MERGE_STATES, *_portable_ops.OPS)
+        return (ATTENTION, KV_CACHE_WRITE, MERGE_STATES, *_portable_cache.OPS, *_portable_ops.OPS)
 
     def kernels(self) -> Iterable[Kernel]:
         attention = (_attention(phase) for phase in ATTENTION.phases)
         own = (*attention, *_kv_cache_write(), *_merge_states())
-        return (*own, *_portable_triton.kernels(), *_portable_ops.kernels())
+        return (*own, *_portable_triton.kernels(), *_portable_cache.kernels(), *_portable_ops.kernels())
 
 
 def _attention(phase: str) -> Kernel:

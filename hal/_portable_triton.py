@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from hal._constraints import Anything, Constraint, OneOf, Range, Windows
 from hal._device import Device
 from hal._kernel import Band, Kernel
+from hal._portable_cache import cache_format
 from hal._portable_ops import TORCH, TRITON
 from hal._reason import Reason
 from hal_ops import FP8_DTYPES, Request, is_fp8
 from hal_ops.attention import AttentionRequest
-from hal_ops.kv_cache import KvCacheWriteRequest
 
 __all__ = ["kernels"]
 
@@ -29,7 +29,7 @@ def kernels() -> tuple[Kernel, ...]:
         _kernel("attention", "prefill", "hal_ops.attention.triton_prefill:prefill", _ATTENTION, _PREFILL_ON),
         _kernel("attention", "extend", "hal_ops.attention.triton_extend:extend", _EXTEND, _EXTEND_ON, _cache_of_q),
         _kernel("attention", "decode", "hal_ops.attention.triton_decode:decode", _DECODE, _DECODE_ON, _cache_of_q),
-        _kernel("kv_cache_write", "call", "hal_ops.kv_cache.triton_write:write", _WRITE, check=_cache_format),
+        _kernel("kv_cache_write", "call", "hal_ops.kv_cache.triton_write:write", _WRITE, check=cache_format),
         _kernel("merge_attention_states", "call", "hal_ops.merge_states.triton_merge:merge", _MERGE),
     )
 
@@ -62,18 +62,9 @@ def _cache_of_q(request: Request, device: Device) -> Sequence[Reason]:
     assert isinstance(request, AttentionRequest)
     given, own = request.kv_dtype, request.dtype
     if is_fp8(given) or given == own:
-        return _cache_format(request, device)
+        return cache_format(request, device)
     text = f"kv_dtype {given} with dtype {own}: the cache is in the dtype of the queries, or in an FP8 format"
     return [Reason("dtype", text, "kv_dtype", given, own)]
-
-
-def _cache_format(request: Request, device: Device) -> Sequence[Reason]:
-    """Which FP8 formats Triton converts is said by the device's platform."""
-    assert isinstance(request, AttentionRequest | KvCacheWriteRequest)
-    given = request.kv_dtype
-    if not is_fp8(given) or f"triton_{given.replace('float8', 'fp8')}" in device.capabilities:
-        return []
-    return [Reason("capability_missing", f"Triton does not convert {given} on {device.arch.name}", "kv_dtype", given)]
 
 
 _ATTENTION: Fields = {

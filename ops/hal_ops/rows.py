@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Rows", "check_input", "check_out", "empty_like", "fold", "half_of", "refuse_grad"]
+__all__ = ["Rows", "check_input", "check_out", "empty_like", "fold", "half_of", "no_outputs", "refuse_grad"]
 
 
 class Rows(NamedTuple):
@@ -85,6 +86,15 @@ def empty_like(x: Tensor, *others: object) -> Tensor:
     import torch
 
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def no_outputs(request: object) -> Callable[..., None]:
+    """For ops that only change their arguments: what makes no output of a call's arguments."""
+
+    def nothing(*args: object, **kwargs: object) -> None:
+        del args, kwargs
+
+    return nothing
 
 
 def half_of(x: Tensor) -> Tensor:

@@ -57,8 +57,11 @@ OPS: dict[str, dict[str, Any]] = {
     "gelu_and_mul": {"hidden_size": 14336},
     "rotary_embedding": {"num_q_heads": 32, "num_kv_heads": 8, "head_dim": 128},
     "fp8_quantize": {"hidden_size": 4096},
+    "rotary_kv_cache_write": {"num_q_heads": 32, "num_kv_heads": 8, "head_dim": 128},
+    "kv_pages_copy": {"num_kv_heads": 8, "head_dim": 128},
+    "kv_pages_gather": {"num_kv_heads": 8, "head_dim": 128},
 }
-"""The other ops of a decoder layer, at a common size."""
+"""The other ops of a decoder layer and of its cache, at a common size."""
 
 HOST = hal.Device(platform="cpu", arch=hal.Arch("cpu", "any"), capabilities=frozenset({"bf16", "fp8_e4m3fn"}))
 """Whose formats the models' requests are made for: bfloat16, and FP8 by its generic name."""
@@ -86,7 +89,8 @@ def requests() -> dict[str, Any]:
     for name, fields in OPS.items():
         cls = hal._plugins.registry().op(name).request
         found[name] = cls(**fields)
-        found[f"{name} training"] = cls(**fields, needs_grad=True)
+        if "needs_grad" in cls.rules():
+            found[f"{name} training"] = cls(**fields, needs_grad=True)
     for model in MODELS:
         for cache, layers in requests_for(model, HOST).items():
             for kind, request in layers.items():

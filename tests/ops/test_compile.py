@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from hal_ops.rotary_embedding.tables import rotary_tables
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")  # inductor's own use
 
+CACHE = {"num_kv_heads": 1, "head_dim": 16, "page_size": 4, "kv_dtype": "float32"}
 OPS: dict[str, dict[str, Any]] = {
     "rms_norm": {"hidden_size": 48},
     "fused_add_rms_norm": {"hidden_size": 48},
@@ -25,26 +27,66 @@ OPS: dict[str, dict[str, Any]] = {
     "gelu_and_mul": {"hidden_size": 24, "approximate": "tanh"},
     "rotary_embedding": {"num_q_heads": 3, "num_kv_heads": 1, "head_dim": 16},
     "fp8_quantize": {"hidden_size": 48, "fp8_dtype": "float8_e4m3fn", "granularity": "block", "block_size": 16},
+    "merge_attention_states": {"num_heads": 3, "v_head_dim": 16},
+    "kv_cache_write": CACHE,
+    "rotary_kv_cache_write": {"num_q_heads": 3, **CACHE},
+    "kv_pages_copy": {**CACHE, "dtype": None},
+    "kv_pages_gather": CACHE,
 }
+WITHOUT_OUT = ("merge_attention_states", "kv_cache_write", "kv_pages_copy")
 
 
-def arguments(name: str, tokens: int = 5) -> tuple[Tensor, ...]:
+def arguments(name: str, tokens: int = 5) -> tuple[Any, ...]:
     draw = torch.Generator().manual_seed(tokens)
     x = torch.randn(tokens, 48, generator=draw)
     if name == "rotary_embedding":
         return x.view(tokens, 3, 16), x[:, :16].reshape(tokens, 1, 16), *rotary_tables(16, 9), torch.arange(tokens)
+    if name in CACHE_ARGUMENTS:
+        caches = torch.randn(2, 4, 4, 1, 16, generator=draw).unbind(0)
+        return CACHE_ARGUMENTS[name](x.view(tokens, 3, 16), caches)
     extras = {"rms_norm": (48,), "fused_add_rms_norm": ((tokens, 48), 48), "layer_norm": (48, 48)}.get(name, ())
     return x, *(torch.randn(shape, generator=draw) for shape in extras)
 
 
-def fresh(args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(x.clone() for x in args)
+def merged(x: Tensor, caches: Any) -> tuple[Any, ...]:
+    return x, x[..., 0] + 1, x * 2, x[..., 1] + 2
+
+
+def written(x: Tensor, caches: Any) -> tuple[Any, ...]:
+    return x[:, :1].clone(), x[:, 1:2].clone(), *caches, torch.arange(2, 2 + len(x))
+
+
+def turned_and_written(x: Tensor, caches: Any) -> tuple[Any, ...]:
+    k, v, *others = written(x, caches)
+    return x, k, v, *rotary_tables(16, 9), torch.arange(len(x)), *others
+
+
+def copied(x: Tensor, caches: Any) -> tuple[Any, ...]:
+    return *caches, torch.tensor([3, 0]), torch.tensor([1, 2])
+
+
+def gathered(x: Tensor, caches: Any) -> tuple[Any, ...]:
+    lengths = torch.tensor([0, 1, 1 + len(x)], dtype=torch.int32)
+    return *caches, torch.tensor([[3, 0], [2, 1]], dtype=torch.int32), lengths, 1 + len(x), len(x)
+
+
+CACHE_ARGUMENTS: dict[str, Callable[..., tuple[Any, ...]]] = {
+    "merge_attention_states": merged,
+    "kv_cache_write": written,
+    "rotary_kv_cache_write": turned_and_written,
+    "kv_pages_copy": copied,
+    "kv_pages_gather": gathered,
+}
+
+
+def fresh(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(x.clone() if isinstance(x, Tensor) else x for x in args)
 
 
 def flat(value: Any, args: tuple[Tensor, ...]) -> list[Tensor]:
     """Everything that a call made or changed, as bits."""
     results = value if isinstance(value, tuple) else (value,)
-    return [x.contiguous().view(torch.uint8) for x in (*results, *args)]
+    return [x.contiguous().view(torch.uint8) for x in (*results, *args) if isinstance(x, Tensor)]
 
 
 class Graphs:
@@ -64,7 +106,7 @@ class Graphs:
 
 def bound(name: str, **more: Any) -> tuple[hal.BoundOp, hal.BoundOp]:
     torch._dynamo.reset()
-    fields = {"dtype": "float32", **OPS[name], **more}
+    fields = {n: v for n, v in {"dtype": "float32", **OPS[name], **more}.items() if v is not None}
     return hal.get_op(name, device="cpu", **fields), hal.get_op(name, device="cpu", compile=True, **fields)
 
 
@@ -90,10 +132,11 @@ def test_compilers_agree(name: str, backend: str) -> None:
     plain, node = bound(name)
 
     def around(op: Callable[..., Any]) -> Callable[..., Any]:
-        def step(x: Tensor, *others: Tensor) -> Any:
-            results = op(x * 2, *others)
-            results = results if isinstance(results, tuple) else (results,)
-            return (*(y.float() + 1 for y in results), *(y.sum() for y in others))
+        def step(x: Tensor, *others: Any) -> Any:
+            first = x if name == "kv_pages_copy" else x * 2
+            results = op(first, *others)
+            results = results if isinstance(results, tuple) else () if results is None else (results,)
+            return (*(y.float() + 1 for y in results), *(y.sum() for y in others if isinstance(y, Tensor)))
 
         return step
 
@@ -108,13 +151,17 @@ def empties(name: str, args: tuple[Tensor, ...]) -> Any:
     x = args[0]
     if name == "rotary_embedding":
         return torch.empty_like(x), torch.empty_like(args[1])
+    if name == "rotary_kv_cache_write":
+        return torch.empty_like(x)
+    if name == "kv_pages_gather":
+        return torch.empty(args[4], 1, 16), torch.empty(args[4], 1, 16)
     if name == "fp8_quantize":
         return torch.empty(x.shape, dtype=torch.float8_e4m3fn), torch.empty(len(x), 3)
     return torch.empty(len(x), 24 if name.endswith("and_mul") else 48)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", [name for name in OPS if name not in WITHOUT_OUT])
 def test_out_is_filled(name: str, backend: str) -> None:
     plain, node = bound(name)
     args, again = fresh(arguments(name)), fresh(arguments(name))
@@ -144,9 +191,11 @@ def test_out_may_be_an_input(backend: str) -> None:
 def test_shapes_are_known_without_running(name: str) -> None:
     """On the meta device, and with a number of tokens that the compiler does not fix."""
     _, node = bound(name)
-    metas = tuple(x.to("meta") for x in arguments(name))
+    metas = tuple(x.to("meta") if isinstance(x, Tensor) else x for x in arguments(name))
     found, real = node(*metas), node(*fresh(arguments(name)))
     for a, b in zip(*(v if isinstance(v, tuple) else (v,) for v in (found, real)), strict=True):
+        if a is b is None:
+            continue
         assert (a.shape, a.dtype, a.stride(), a.device.type) == (b.shape, b.dtype, b.stride(), "meta")
     graphs = Graphs()
     step = torch.compile(lambda *xs: node(*xs), backend=graphs, fullgraph=True, dynamic=True)
@@ -201,9 +250,31 @@ def test_a_gradient_of_what_works_in_place_is_refused() -> None:
         hal.get_op("fused_add_rms_norm", hidden_size=8, dtype="float32", needs_grad=True, compile=True)
 
 
-def test_an_op_without_a_schema_is_refused() -> None:
-    with pytest.raises(InputError, match="'merge_attention_states' cannot be traced"):
-        hal.get_op("merge_attention_states", num_heads=1, v_head_dim=8, compile=True)
+def test_an_op_without_a_schema_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = hal._plugins.registry().op("rms_norm")
+    monkeypatch.setitem(hal._plugins.registry().ops, "rms_norm", dataclasses.replace(op, traced=None))
+    with pytest.raises(InputError, match="'rms_norm' cannot be traced"):
+        hal.get_op("rms_norm", hidden_size=7, compile=True)
+
+
+@pytest.mark.parametrize("kv_scale", ["tensor", "head"])
+def test_scales_are_keywords_of_the_node(kv_scale: str) -> None:
+    fields = {**CACHE, "num_kv_heads": 2, "kv_dtype": "float8_e4m3fn", "kv_scale": kv_scale}
+    plain, node = (hal.get_op("kv_cache_write", device="cpu", **fields, compile=c) for c in (False, True))
+    torch._dynamo.reset()
+    k, slots = torch.randn(5, 2, 16).bfloat16(), torch.arange(5)
+    scale = torch.tensor([0.5, 2.0][: 1 + (kv_scale == "head")])
+    caches = [torch.zeros(2, 2, 4, 2, 16, dtype=torch.uint8).view(torch.float8_e4m3fn) for _ in range(2)]
+
+    def step(cache: Tensor) -> Tensor:
+        node(k, k, *cache.unbind(0), slots, k_scale=scale, v_scale=scale)
+        return cache.view(torch.uint8).sum()
+
+    total = torch.compile(step, backend="aot_eager", fullgraph=True)(caches[0])
+    plain(k, k, *caches[1].unbind(0), slots, k_scale=scale, v_scale=scale)
+    bits = [x.view(torch.uint8) for x in caches]
+    assert torch.equal(*bits)
+    assert total == bits[1].sum()
 
 
 def test_equal_decisions_are_one_node_and_handles_stay_apart() -> None:

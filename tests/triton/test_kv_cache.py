@@ -8,16 +8,19 @@ from typing import Any
 import pytest
 import torch
 
-from hal_ops.attention import AttentionRequest
-from hal_ops.attention.paged_inputs import block_tables, build_cache, slots_of
 from hal_ops.kv_cache import KvCacheWriteRequest
 from hal_ops.kv_cache.cases import make_case
 from hal_ops.kv_cache.reference import write as reference_write
-from hal_ops.kv_cache.triton_pages import copy_pages, gather
-from hal_ops.kv_cache.triton_rotary import rotary_and_write
 from hal_ops.kv_cache.triton_write import write
-from hal_ops.rotary_embedding.op import RotaryEmbeddingRequest
-from hal_ops.rotary_embedding.reference import rotary_embedding
+from hal_ops.kv_pages_copy import KvPagesCopyRequest
+from hal_ops.kv_pages_copy.cases import make_case as make_copy_case
+from hal_ops.kv_pages_copy.triton_copy import kv_pages_copy
+from hal_ops.kv_pages_gather import KvPagesGatherRequest
+from hal_ops.kv_pages_gather.cases import make_case as make_gather_case
+from hal_ops.kv_pages_gather.triton_gather import kv_pages_gather
+from hal_ops.rotary_kv_cache_write import RotaryKvCacheWriteRequest
+from hal_ops.rotary_kv_cache_write.cases import make_case as make_rotary_case
+from hal_ops.rotary_kv_cache_write.triton_rotary_write import rotary_kv_cache_write
 
 WRITES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -80,130 +83,113 @@ def test_a_cast_that_is_not_done_is_refused() -> None:
         write(request, "cpu")
 
 
-ROTARIES = {
+ROTARIES: dict[str, dict[str, Any]] = {
     "neox": {},
     "interleaved": {"style": "interleaved"},
-    "partial": {"rotary": 32},
-    "partial, interleaved, HND": {"style": "interleaved", "rotary": 16, "layout": "HND"},
-    "heads of 80/48": {"dim": 80, "v_dim": 48, "rotary": 80},
-    "bfloat16": {"dtype": "bfloat16"},
-    "e4m3fn": {"kv_dtype": "float8_e4m3fn", "scales": 1},
-    "e4m3fn a head": {"kv_dtype": "float8_e4m3fn", "scales": 2, "layout": "HND"},
-    "e4m3fn without scales": {"kv_dtype": "float8_e4m3fn"},
+    "partial": {"rotary_dim": 32},
+    "partial, interleaved, HND": {"style": "interleaved", "rotary_dim": 16, "kv_layout": "HND"},
+    "heads of 80/48": {"head_dim": 80, "v_head_dim": 48},
+    "14 heads over 1": {"num_q_heads": 14, "num_kv_heads": 1, "page_size": 48},
+    "bfloat16": {"dtype": "bfloat16", "table_dtype": "bfloat16"},
+    "float32 to float16": {"dtype": "float32", "kv_dtype": "float16"},
+    "e4m3fn": {"kv_dtype": "float8_e4m3fn"},
+    "e4m3fn a head, HND": {"kv_dtype": "float8_e4m3fn", "kv_scale": "head", "kv_layout": "HND"},
+    "e5m2 a head": {"kv_dtype": "float8_e5m2", "kv_scale": "head", "dtype": "bfloat16"},
 }
 
 
-@pytest.mark.parametrize("in_place", [False, True], ids=["new", "in place"])
+@pytest.mark.parametrize("form", ["plain", "strided", "out", "inplace"])
 @pytest.mark.parametrize("corner", ROTARIES)
-def test_rotary_and_write_is_one_after_the_other(corner: str, in_place: bool, device: str) -> None:
-    given = {"style": "neox", "rotary": 64, "layout": "NHD", "dim": 64, "dtype": "float32", "scales": 0}
-    given |= ROTARIES[corner]
-    dim, v_dim, dtype = given["dim"], given.get("v_dim", given["dim"]), given["dtype"]
-    kv_dtype = given.get("kv_dtype", dtype)
-    torch.manual_seed(0)
-    q, k, v = (
-        torch.randn(21, n, d, device=device).to(getattr(torch, dtype)) for n, d in ((6, dim), (2, dim), (2, v_dim))
-    )
-    cos, sin = (torch.rand(40, given["rotary"] // 2, device=device) for _ in range(2))
-    positions = torch.randint(40, (21,), device=device)
-    slots = torch.randperm(64)[:21].to(device)
-    slots[::4] = -1
-    scales = {}
-    if given["scales"]:
-        scales = {n: torch.tensor([0.5, 2.0][: given["scales"]], device=device) for n in ("k_scale", "v_scale")}
-    request = RotaryEmbeddingRequest(
-        num_q_heads=6, num_kv_heads=2, head_dim=dim, rotary_dim=given["rotary"], style=given["style"], dtype=dtype
-    )
-    to_write = KvCacheWriteRequest(
-        num_kv_heads=2, head_dim=dim, v_head_dim=v_dim, dtype=dtype, kv_dtype=kv_dtype, kv_layout=given["layout"],
-        kv_scale="head" if given["scales"] == 2 else "tensor",
-    )  # fmt: skip
-    turned_q, turned_k = rotary_embedding(request, device)(q, k, cos, sin, positions)
-    pairs = [[_pages(4, 16, 2, d, given["layout"], kv_dtype, device) for d in (dim, v_dim)] for _ in range(2)]
-    reference_write(to_write, device)(turned_k, v, *pairs[1], slots, **scales)
-    before = k.clone()
-    out = rotary_and_write(
-        q, k, v, cos, sin, positions, *pairs[0], slots, kv_layout=given["layout"], style=given["style"],
-        out=q if in_place else None, **scales,
-    )  # fmt: skip
-    assert (out is q) == in_place
-    assert torch.equal(k, before)
-    torch.testing.assert_close(out, turned_q)
-    for found, right in zip(*pairs, strict=True):
-        if kv_dtype == dtype:
-            torch.testing.assert_close(found, right)
-            continue
-        steps = (found.view(torch.uint8).int() - right.view(torch.uint8).int()).abs()
-        assert int(steps.max()) <= 1
-        assert (steps == 0).float().mean() > 0.99
+def test_rotary_and_write(corner: str, form: str, device: str, assert_right: Callable[[Any], None]) -> None:
+    # requirement B6, D15
+    base = {"num_q_heads": 6, "num_kv_heads": 2, "head_dim": 64, "dtype": "float32"}
+    request = RotaryKvCacheWriteRequest(**{**base, **ROTARIES[corner]})
+    implementation = rotary_kv_cache_write(request, device)
+    for seed in (0, 1):
+        assert_right(make_rotary_case(request, device=device, seed=seed, form=form).check(implementation))
 
 
-def _pages(pages: int, size: int, heads: int, dim: int, layout: str, dtype: str, device: str) -> torch.Tensor:
-    middle = (size, heads) if layout == "NHD" else (heads, size)
-    return torch.zeros(pages, *middle, dim, device=device).to(getattr(torch, dtype))
+def test_positions_outside_the_tables_read_nothing(device: str) -> None:
+    request = RotaryKvCacheWriteRequest(num_q_heads=1, num_kv_heads=1, head_dim=16, dtype="float32", page_size=4)
+    x, table = torch.ones(4, 1, 16, device=device), torch.ones(4, 8, device=device)
+    caches = [torch.zeros(1, 4, 1, 16, device=device) for _ in "kv"]
+    positions = torch.tensor([0, -1, 4, 2**40]).to(device)
+    out = rotary_kv_cache_write(request, device)(x, x, x, table, table, positions, *caches, torch.arange(4).to(device))
+    for found in (out, caches[0].flatten(0, 1)):
+        assert found.isnan().all(-1).flatten().tolist() == [False, True, True, True]
+    assert bool((caches[1] == 1).all())
 
 
 def test_rotary_and_write_says_what_does_not_fit(device: str) -> None:
+    request = RotaryKvCacheWriteRequest(num_q_heads=1, num_kv_heads=1, head_dim=16, dtype="float32")
+    call = rotary_kv_cache_write(request, device)
     x, table, slots = torch.zeros(3, 1, 16, device=device), torch.zeros(4, 8, device=device), torch.arange(3).to(device)
     cache = torch.zeros(1, 16, 1, 16, device=device)
-    with pytest.raises(ValueError, match="choose 'neox' or 'interleaved'"):
-        rotary_and_write(x, x, x, table, table, slots, cache, cache, slots, style="gptj")
     with pytest.raises(ValueError, match=r"have \[2, 3\] tokens"):
-        rotary_and_write(x, x, x, table, table, slots, cache, cache, slots[:2])
+        call(x, x, x, table, table, slots, cache, cache, slots[:2])
+    with pytest.raises(ValueError, match=r"bound for \[tokens, heads, dim\] with \(1, 1, 1\) heads"):
+        call(x.expand(3, 2, 16), x, x, table, table, slots, cache, cache, slots)
+    with pytest.raises(RuntimeError, match="this kernel has no backward"):
+        call(x.clone().requires_grad_(), x, x, table, table, slots, cache, cache, slots)
+    none = call(x[:0], x[:0], x[:0], table, table, slots[:0], cache, cache, slots[:0])
+    assert none.shape == (0, 1, 16)
+    with pytest.raises(ValueError, match="does not do dtype float64 into float64"):
+        rotary_kv_cache_write(request.replace(dtype="float64", kv_dtype="float64"), device)
 
 
-@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "bfloat16", "float32"])
-@pytest.mark.parametrize("shape", [(9, 16, 2, 80), (9, 2, 48, 64), (9, 1, 1, 13)])
-def test_pages_are_copied(shape: tuple[int, ...], dtype: str, device: str) -> None:
-    torch.manual_seed(0)
-    both = torch.randn(shape[0], 2, *shape[1:]).to(getattr(torch, dtype)).to(device)
-    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[both.itemsize]
-    right = both.view(bits).clone()
-    source, target = torch.tensor([1, 1, 4, -1, 5]).to(device), torch.tensor([0, 8, 2, 3, -1]).to(device)
-    for at, to in ((1, 0), (1, 8), (4, 2)):
-        right[to] = right[at]
-    copy_pages(both.unbind(1), source, target)
-    assert torch.equal(both.view(bits), right)
+PAGES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "HND": {"kv_layout": "HND"},
+    "page 1, heads of 13": {"page_size": 1, "head_dim": 13},
+    "page 48, heads of 80/48": {"page_size": 48, "head_dim": 80, "v_head_dim": 48},
+    "float32": {"kv_dtype": "float32"},
+    "e4m3fn": {"kv_dtype": "float8_e4m3fn"},
+    "e5m2, HND": {"kv_dtype": "float8_e5m2", "kv_layout": "HND", "page_size": 8},
+}
+
+
+@pytest.mark.parametrize("corner", PAGES)
+def test_pages_are_copied(corner: str, device: str, assert_right: Callable[[Any], None]) -> None:  # requirement D15
+    request = KvPagesCopyRequest(**{"num_kv_heads": 2, "head_dim": 64, **PAGES[corner]})
+    implementation = kv_pages_copy(request, device)
+    for seed in (0, 1):
+        for interleaved in (False, True) if request.head_dim == request.v_head_dim else (False,):
+            assert_right(
+                make_copy_case(request, device=device, seed=seed, interleaved=interleaved).check(implementation)
+            )
 
 
 def test_copies_are_of_pairs(device: str) -> None:
     cache = torch.zeros(2, 1, 1, 4, device=device)
-    with pytest.raises(ValueError, match="source has 1 pages, target 2"):
-        copy_pages((cache,), torch.zeros(1, dtype=torch.int32), torch.zeros(2, dtype=torch.int32))
+    call = kv_pages_copy(KvPagesCopyRequest(num_kv_heads=1, head_dim=4, page_size=1, kv_dtype="float32"), device)
+    with pytest.raises(ValueError, match=r"source is torch.int32 \(1,\), target torch.int32 \(2,\): they are pairs"):
+        call(cache, cache, torch.zeros(1, dtype=torch.int32), torch.zeros(2, dtype=torch.int32))
     none = torch.zeros(0, dtype=torch.int32, device=device)
-    copy_pages((cache,), none, none)
+    call(cache, cache, none, none)
 
 
-@pytest.mark.parametrize("kv_scale", ["tensor", "head"])
-@pytest.mark.parametrize("layout", ["NHD", "HND"])
-@pytest.mark.parametrize(("kv_dtype", "page_size"), [("float16", 16), ("float8_e4m3fn", 8), ("float32", 48)])
-def test_rows_are_gathered(kv_dtype: str, page_size: int, layout: str, kv_scale: str, device: str) -> None:
-    # requirement D15
-    fp8 = kv_dtype.startswith("float8")
-    dtype = "float16" if fp8 else kv_dtype
-    request = AttentionRequest(
-        num_q_heads=3, num_kv_heads=3, head_dim=40, dtype=dtype, kv_dtype=kv_dtype, page_size=page_size,
-        kv_layout=layout, kv_scale=kv_scale if fp8 else "tensor",
-    )  # fmt: skip
-    draw = torch.Generator().manual_seed(0)
-    lengths = [(1, n) for n in (1, 15, 0, 16, 17, 49)]
-    table, pages = block_tables(lengths, page_size, draw)
-    slots = torch.cat([slots_of(row, page_size, 0, n) for row, (_, n) in zip(table, lengths, strict=True)])
-    values = torch.randn(len(slots), 3, 40, generator=draw)
-    values = values[torch.unique(slots, return_inverse=True)[1]]
-    scale = torch.tensor([0.5, 2.0, 1.5])[: 3 if kv_scale == "head" else 1] if fp8 else None
-    cache = build_cache(slots, values, pages, request, scale).to(device)
-    cu = torch.tensor([0, *(n for _, n in lengths)]).cumsum(0).int().to(device)
-    found = gather(
-        cache, table.to(device), cu, total=len(slots), longest=49, kv_layout=layout,
-        scale=None if scale is None else scale.to(device), dtype=getattr(torch, dtype),
-    )  # fmt: skip
-    torch.testing.assert_close(found.cpu().float(), values, rtol=0.07 if fp8 else 1e-3, atol=2e-2 if fp8 else 1e-3)
+@pytest.mark.parametrize("form", ["plain", "strided", "out"])
+@pytest.mark.parametrize("corner", PAGES)
+def test_rows_are_gathered(corner: str, form: str, device: str, assert_right: Callable[[Any], None]) -> None:
+    # requirement D15, E12
+    fields = {"num_kv_heads": 3, "head_dim": 40, **PAGES[corner]}
+    scales = ("tensor", "head") if str(fields.get("kv_dtype")).startswith("float8") else ("tensor",)
+    for dtype in (None, "float16"):
+        for kv_scale in scales:
+            request = KvPagesGatherRequest(**fields, dtype=dtype, kv_scale=kv_scale)
+            assert_right(make_gather_case(request, device=device, form=form).check(kv_pages_gather(request, device)))
 
 
 def test_nothing_is_gathered_from_empty_rows(device: str) -> None:
     cache = torch.zeros(1, 16, 2, 8, device=device)
     none = torch.zeros(3, dtype=torch.int32, device=device)
-    assert gather(cache, torch.zeros(2, 1).int().to(device), none, total=0, longest=0).shape == (0, 2, 8)
-    with pytest.raises(ValueError, match="choose 'NHD' or 'HND'"):
-        gather(cache, none.view(3, 1), none, total=0, longest=0, kv_layout="hnd")
+    request = KvPagesGatherRequest(num_kv_heads=2, head_dim=8, kv_dtype="float32")
+    k, v = kv_pages_gather(request, device)(cache, cache, torch.zeros(2, 1).int().to(device), none, 0, 0)
+    assert k.shape == v.shape == (0, 2, 8)
+    with pytest.raises(ValueError, match=r"out\[1\] has strides"):
+        kv_pages_gather(request, device)(
+            cache, cache, none.view(3, 1), none, 3, 3,
+            out=(cache.new_zeros(3, 2, 8), cache.new_zeros(3, 2, 16)[..., :8]),
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="does not do float64 into float64"):
+        kv_pages_gather(request.replace(kv_dtype="float64", dtype="float64"), device)

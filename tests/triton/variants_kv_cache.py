@@ -8,7 +8,14 @@ from hal_triton_tests_aot import TARGETS, Variant
 
 from hal_ops.kv_cache import KvCacheWriteRequest
 from hal_ops.kv_cache.triton_write import constants_of, write_kernel
+from hal_ops.kv_pages_copy import KvPagesCopyRequest
+from hal_ops.kv_pages_copy.triton_copy import constants_of as copy_constants_of
+from hal_ops.kv_pages_gather import KvPagesGatherRequest
+from hal_ops.kv_pages_gather.triton_gather import constants_of as gather_constants_of
 from hal_ops.merge_states.triton_merge import merge_kernel
+from hal_ops.rotary_kv_cache_write import RotaryKvCacheWriteRequest
+from hal_ops.rotary_kv_cache_write.triton_rotary_write import constants_of as rotary_constants_of
+from hal_ops.rotary_kv_cache_write.triton_rotary_write import rotary_write_kernel
 
 FORMATS = {
     "bfloat16": "bf16",
@@ -27,8 +34,9 @@ def variants() -> list[Variant]:
         *_writes("float8_e4m3fnuz"),
         *_writes("float32", dtype="float32", head_dim=80),
         _rotary(),
+        _rotary("float8_e4m3fn", rotary_dim=128, kv_scale="head"),
         *(_merge(dim) for dim in (64, 80, 128, 256)),
-        *(_pages(bits) for bits in ("i8", "i16")),
+        *(_pages(kv_dtype) for kv_dtype in ("float8_e4m3fn", "bfloat16")),
         _gather(),
     ]
 
@@ -60,24 +68,22 @@ def _writes(kv_dtype: str, **fields: Any) -> list[Variant]:
     ]
 
 
-def _rotary() -> Variant:
-    from hal_ops.kv_cache.triton_rotary import rotary_write_kernel
-
+def _rotary(kv_dtype: str = "bfloat16", **fields: Any) -> Variant:
+    given = {"num_q_heads": 32, "num_kv_heads": 8, "head_dim": 128, "rotary_dim": 64, "kv_dtype": kv_dtype, **fields}
+    request, kv = RotaryKvCacheWriteRequest(**given), FORMATS[kv_dtype]
     strides = _strides(rotary_write_kernel.arg_names)
-    signature = dict.fromkeys(("q", "k", "v", "q_out", "k_cache", "v_cache"), "*bf16")
+    signature = {**dict.fromkeys(("q", "k", "v", "q_out"), "*bf16"), "k_cache": f"*{kv}", "v_cache": f"*{kv}"}
     signature |= dict.fromkeys(("cos", "sin", "k_scale", "v_scale"), "*fp32")
-    signature |= {"positions": "*i64", "slot_mapping": "*i64", "tokens": "i32", **dict.fromkeys(strides, "i32")}
+    signature |= {"positions": "*i64", "slot_mapping": "*i64", "tokens": "i32", "max_position": "i32"}
     return Variant(
-        kernel="hal_ops.kv_cache.triton_rotary:rotary_write_kernel",
-        label="bf16, heads of 128, 64 turned",
-        signature=signature,
-        constants={
-            "Q_HEADS": 32, "KV_HEADS": 8, "DIM": 128, "V_DIM": 128, "ROTARY": 64, "INTERLEAVED": False, "PAGE_SIZE": 16,
-            "SCALES": 0, "MOST": 0.0, "BLOCK_T": 32, "BLOCK_P": 32, "BLOCK_REST": 64, "BLOCK_V": 128,
-        },
+        kernel="hal_ops.rotary_kv_cache_write.triton_rotary_write:rotary_write_kernel",
+        label=f"bf16 to {kv}, heads of 128, {request.rotary_dim} turned",
+        signature={**signature, **dict.fromkeys(strides, "i32")},
+        constants=rotary_constants_of(request),
         aligned=("q", "k", "v", "q_out", "k_cache", "v_cache", "cos", "sin", *strides),
         options={"num_warps": 4},
-    )  # fmt: skip
+        targets=_targets(kv),
+    )
 
 
 def _merge(dim: int) -> Variant:
@@ -93,26 +99,29 @@ def _merge(dim: int) -> Variant:
     )
 
 
-def _pages(bits: str) -> Variant:
+def _pages(kv_dtype: str) -> Variant:
+    request = KvPagesCopyRequest(num_kv_heads=8, head_dim=128, kv_dtype=kv_dtype)
+    bits = {"float8_e4m3fn": "i8", "bfloat16": "i16"}[kv_dtype]
     strides = ("page_stride", "outer_stride", "inner_stride")
     return Variant(
-        kernel="hal_ops.kv_cache.triton_pages:copy_kernel",
+        kernel="hal_ops.kv_pages_copy.triton_copy:copy_kernel",
         label=f"{bits}, pages of 16",
         signature={"cache": f"*{bits}", "source": "*i64", "target": "*i64", **dict.fromkeys(strides, "i32")},
-        constants={"OUTER": 16, "INNER": 8, "DIM": 128, "BLOCK": 4096, "BLOCKS": 4},
+        constants=copy_constants_of(request, 128),
         aligned=("cache", *strides),
         options={"num_warps": 4},
     )
 
 
 def _gather() -> Variant:
+    request = KvPagesGatherRequest(num_kv_heads=8, head_dim=128, kv_dtype="float8_e5m2", kv_scale="head")
     strides = ("table_stride", "page_stride", "slot_stride", "head_stride")
     pointers = {"cache": "*fp8e5", "out": "*bf16", "table": "*i32", "lengths": "*i32", "scale": "*fp32"}
     return Variant(
-        kernel="hal_ops.kv_cache.triton_pages:gather_kernel",
+        kernel="hal_ops.kv_pages_gather.triton_gather:gather_kernel",
         label="fp8e5 to bf16",
-        signature={**pointers, **dict.fromkeys(strides, "i32")},
-        constants={"HEADS": 8, "DIM": 128, "PAGE_SIZE": 16, "SCALES": 2, "BLOCK_T": 2, "BLOCK_C": 1024, "BLOCKS": 1},
+        signature={**pointers, "row_programs": "i32", **dict.fromkeys(strides, "i32")},
+        constants=gather_constants_of(request, 128),
         aligned=("cache", "out", *strides[1:]),
         options={"num_warps": 4},
         targets=_targets("fp8e5"),

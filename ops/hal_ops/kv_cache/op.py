@@ -22,6 +22,7 @@ from hal_ops._dtypes import dtype_name, is_fp8
 from hal_ops._op import Op
 from hal_ops._record import record
 from hal_ops._request import Request, feature, required
+from hal_ops._traced import Traced
 
 __all__ = ["KV_CACHE_WRITE", "KvCacheWriteRequest"]
 
@@ -76,4 +77,10 @@ KV_CACHE_WRITE = Op(
     keywords={"call": ("k_scale", "v_scale")},
     reference={"call": "hal_ops.kv_cache.reference:write"},
     cases="hal_ops.kv_cache.cases:make_case",
+    traced=Traced(
+        "Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping, *, Tensor? k_scale=None, "
+        "Tensor? v_scale=None",
+        outputs="hal_ops.rows:no_outputs",
+        results=0,
+    ),
 )

@@ -18,6 +18,7 @@ from hal_ops._dtypes import dtype_name
 from hal_ops._op import Op
 from hal_ops._record import record
 from hal_ops._request import Request, feature, required
+from hal_ops._traced import Traced
 
 __all__ = ["MERGE_STATES", "MergeStatesRequest"]
 
@@ -57,4 +58,10 @@ MERGE_STATES = Op(
     request=MergeStatesRequest,
     reference={"call": "hal_ops.merge_states.reference:merge"},
     cases="hal_ops.merge_states.cases:make_case",
+    traced=Traced(
+        "Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b",
+        outputs="hal_ops.merge_states.reference:outputs",
+        results=2,
+        takes_out=False,
+    ),
 )
