@@ -1,0 +1,199 @@
+"""For each kernel of a device's libraries: a call through its adapter, and the library's own call that it leads to.
+
+The library's function is watched while the adapter is called once: its arguments as they arrived are the direct call.
+What the adapter looks up, chooses and converts is thereby what it adds, for every adapter by the same rule; views of the
+contract's tensors are made on both sides. Shapes are so small that the device never holds the host up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import hal
+from hal import _plugins
+from hal._plan import make_step
+from hal.testing._verify import circumstances, refusals
+from hal_ops import Request, resolve_target
+from hal_ops.attention import AttentionRequest
+from hal_ops.attention.cases import make_case
+from hal_ops.gelu_and_mul import GeluAndMulRequest
+from hal_ops.rms_norm import RmsNormRequest
+from hal_ops.silu_and_mul import SiluAndMulRequest
+
+__all__ = ["Call", "pairs"]
+
+Call = Callable[[], Any]
+
+_FLASH = ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache")
+_WRAPPERS = tuple(
+    f"flashinfer:{name}.run"
+    for name in (
+        "BatchPrefillWithRaggedKVCacheWrapper",
+        "BatchPrefillWithPagedKVCacheWrapper",
+        "BatchDecodeWithPagedKVCacheWrapper",
+        "BatchAttentionWithAttentionSinkWrapper",
+    )
+)
+WATCHED: dict[str, tuple[str, ...]] = {
+    **{f"sdpa_{name}": (f"hal_nvidia._sdpa_{name}:forward",) for name in ("flash", "efficient", "cudnn")},
+    "fa2": tuple(f"hal_nvidia._flash_attn_2:{name}" for name in _FLASH),
+    "fa3": tuple(f"hal_nvidia._flash_attn_3:{name}" for name in _FLASH),
+    "fa4": tuple(f"flash_attn.cute:{name}" for name in _FLASH[:2]),
+    **dict.fromkeys(("flashinfer_fa2", "flashinfer_fa3", "flashinfer_sink"), _WRAPPERS),
+    "trtllm_gen": (
+        "flashinfer.prefill:trtllm_batch_context_with_kv_cache",
+        "flashinfer.decode:trtllm_batch_decode_with_kv_cache",
+    ),
+    "xqa": ("flashinfer.decode:xqa_batch_decode_with_kv_cache",),
+    "flashinfer_cudnn": (
+        "flashinfer.cudnn:cudnn_batch_prefill_with_kv_cache",
+        "flashinfer.cudnn:cudnn_batch_decode_with_kv_cache",
+    ),
+    "fmha_v2": ("flashinfer.prefill:trtllm_fmha_v2_prefill",),
+    "flashinfer": (
+        "flashinfer.norm:rmsnorm",
+        *(f"flashinfer.activation:{name}" for name in ("silu_and_mul", "gelu_tanh_and_mul")),
+    ),
+}
+"""Library to the functions that its adapters call, ``"module:name"``; what a version lacks is passed over."""
+
+_BASE: dict[str, Any] = {"num_q_heads": 8, "num_kv_heads": 8, "head_dim": 128, "dtype": "bfloat16"}
+_CACHES: dict[str, dict[str, Any]] = {
+    "fa2": {"page_size": 256},
+    "flashinfer_sink": {"head_dim": 64, "sinks": True},
+    **{name: {"kv_layout": "HND"} for name in ("trtllm_gen", "flashinfer_cudnn")},
+}
+_ROWS: dict[str, Request] = {
+    "rms_norm": RmsNormRequest(hidden_size=128),
+    "silu_and_mul": SiluAndMulRequest(hidden_size=128),
+    "gelu_and_mul": GeluAndMulRequest(hidden_size=128, approximate="tanh"),
+}
+_LENGTHS = {"prefill": ((16, 16),), "extend": ((4, 16),) * 4, "decode": ((1, 16),) * 4}
+
+
+def pairs(device: hal.Device, word: str = "") -> Iterator[tuple[str, Call, Call]]:
+    """(name, direct call, the adapter's call) of each kernel that can run on the device and has ``word`` in its name."""
+    around = circumstances(device)
+    for kernel in _plugins.registry().kernels.values():
+        if word not in kernel.name:
+            continue
+        request = _request(kernel)
+        if kernel.library in WATCHED and request is not None and not refusals(kernel, request, around):
+            for form in ("dense", "ragged") if kernel.phase == "prefill" else ("",):
+                yield (f"{kernel.name} {form}".rstrip(), *_pair(kernel, request, device, form))
+
+
+def _request(kernel: hal.Kernel) -> Request | None:
+    if kernel.op != "attention":
+        return _ROWS.get(kernel.op)
+    cache = {"page_size": 16, "kv_layout": "NHD", **_CACHES.get(kernel.library, {})}
+    return AttentionRequest(**{**_BASE, **cache}, phases=(kernel.phase,))
+
+
+def _pair(kernel: hal.Kernel, request: Request, device: hal.Device, form: str) -> tuple[Call, Call]:
+    make = functools.partial(_prepared, kernel, request, device, form)
+    with _watching(WATCHED[kernel.library]) as seen:
+        watched = make()
+        out = watched()
+    if not seen:
+        raise RuntimeError(f"{kernel.name} called none of {', '.join(WATCHED[kernel.library])}")
+    return _with_views(seen[-1], watched, out), make()
+
+
+def _with_views(call: functools.partial[Any], adapter: functools.partial[Any], out: Tensor) -> Call:
+    """The direct call with the contract's tensors: axes that the library wants otherwise are part of it, as views.
+
+    It holds the adapter's call, whose plan is alive as long.
+    """
+    given = {x.data_ptr(): x for x in adapter.args if isinstance(x, Tensor)}
+    seen = {n: x for n, x in (*enumerate(call.args), *call.keywords.items()) if isinstance(x, Tensor)}
+    views = {n: (given[x.data_ptr()], x.size(), x.stride()) for n, x in seen.items() if _is_view(x, given)}
+    size, stride = out.size(), out.stride()
+
+    def direct(adapter: Any = adapter) -> Any:
+        args, keywords = list(call.args), dict(call.keywords)
+        for name, (source, *form) in views.items():
+            (args if isinstance(name, int) else keywords)[name] = source.as_strided(*form)  # type: ignore[index, call-overload]
+        found = call.func(*args, **keywords)
+        found = found[0] if isinstance(found, tuple) else found
+        return found if found.shape == size else found.as_strided(size, stride)
+
+    plain = functools.partial(call.func, *call.args, **call.keywords)
+    plain.adapter = adapter  # type: ignore[attr-defined]
+    return direct if views else plain
+
+
+def _is_view(x: Tensor, given: dict[int, Tensor]) -> bool:
+    source = given.get(x.data_ptr())
+    return source is not None and source.numel() == x.numel() > 0 and source.shape != x.shape
+
+
+def _prepared(kernel: hal.Kernel, request: Request, device: hal.Device, form: str) -> Call:
+    """The adapter's call, ready to be made again and again: planned once, as a step is for all layers."""
+    implementation = resolve_target(kernel.target)(request, device)
+    place = device.torch_device()
+    if not isinstance(request, AttentionRequest):
+        inputs = [x.to(place) for x in _inputs(request)]
+        return functools.partial(implementation, *inputs)
+    lengths = _LENGTHS[kernel.phase]
+    case = make_case(request, kernel.phase, device=place, lengths=lengths, **({"form": form} if form else {}))
+    if kernel.phase == "prefill":
+        if form == "ragged" and hasattr(implementation, "for_step"):
+            table = torch.zeros(1, 1, dtype=torch.int32)
+            implementation = implementation.for_step(make_step(*zip(*lengths, strict=True), table, 16, place))
+        return functools.partial(implementation, *case.args, **case.kwargs)
+    return functools.partial(implementation, *case.args, implementation.plan(case.args[3]), **case.kwargs)
+
+
+def _inputs(request: Request) -> list[Any]:
+    torch.manual_seed(0)
+    width = request.hidden_size  # type: ignore[attr-defined]
+    if isinstance(request, RmsNormRequest):
+        return [torch.randn(4, width).bfloat16(), torch.randn(width).bfloat16()]
+    return [torch.randn(4, 2 * width).bfloat16()]
+
+
+@contextlib.contextmanager
+def _watching(targets: tuple[str, ...]) -> Iterator[list[Call]]:
+    """Collect the calls of functions, each as a call that can be made again."""
+    seen: list[Call] = []
+    with contextlib.ExitStack() as stack:
+        for target in targets:
+            module, _, path = target.partition(":")
+            *owners, name = path.split(".")
+            owner = functools.reduce(lambda found, part: getattr(found, part, None), owners, _module(module))
+            if hasattr(owner, name):
+                stack.enter_context(_watched(owner, name, seen))
+        yield seen
+
+
+def _module(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+@contextlib.contextmanager
+def _watched(owner: Any, name: str, seen: list[Call]) -> Iterator[None]:
+    original, own = getattr(owner, name), name in vars(owner)
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        seen.append(functools.partial(original, *args, **kwargs))
+        return original(*args, **kwargs)
+
+    setattr(owner, name, spy)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, name, original)
+        else:
+            delattr(owner, name)

@@ -1,0 +1,96 @@
+"""``benchmarks/adapters.py`` over emulated libraries: every adapter is measured, against the call that it makes."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from emulated import flash_attn_4, flashinfer, hardware, library, nvidia, signatures
+
+import hal
+from hal_nvidia import NvidiaPlatform
+from hal_nvidia._flashinfer_pool import _idle, _zeroed
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    yield importlib.import_module("adapters")
+    for name in ("adapters", "adapter_pairs"):
+        sys.modules.pop(name, None)
+    _idle.clear()
+    _zeroed.clear()
+
+
+@contextlib.contextmanager
+def running(name: str, arch: str) -> Iterator[None]:
+    if name in nvidia.OPERATORS or name in nvidia.LIBRARIES:
+        with nvidia.running(name):
+            yield
+        return
+    module: Any = flash_attn_4 if name == "fa4" else flashinfer
+    version = signatures.versions(module.LIBRARY)[-1]
+    versions = {
+        module.LIBRARY: version,
+        "torch": "2.13.0",
+        "nvidia-cutlass-dsl": "4.8.1",
+        "nvidia-cudnn-frontend": "1.32",
+    }
+    with (
+        hal.simulate(libraries=versions),
+        library.installed(module.LIBRARY, version, module.emulations(version, arch)),
+    ):
+        yield
+
+
+def measured() -> list[Any]:
+    """Kernels with an arch of theirs, Hopper where they have it."""
+    found = []
+    for kernel in NvidiaPlatform().kernels():
+        archs = kernel.platforms["nvidia"].only or ("sm_90",)
+        found.append(pytest.param(kernel, "sm_90" if "sm_90" in archs else archs[0], id=kernel.name))
+    return found
+
+
+@pytest.mark.parametrize(("kernel", "arch"), measured())
+def test_every_adapter_is_measured_against_its_own_call(kernel: hal.Kernel, arch: str, benchmark: ModuleType) -> None:
+    with running(kernel.library, arch):
+        found = list(benchmark.pairs(hardware.device_of(arch), kernel.name))
+        assert len(found) == (2 if kernel.phase == "prefill" else 1)
+        for name, direct, adapter in found:
+            straight, adapted = direct(), adapter()
+            straight = straight[0] if isinstance(straight, tuple) else straight
+            assert straight.numel() == adapted.numel(), name
+            torch.testing.assert_close(straight.float().sum(), adapted.float().sum(), atol=1e-2, rtol=1e-3)
+            figures = benchmark.in_turns(direct, adapter, loops=1, rounds=1)
+            assert figures["ratio"] > 0
+
+
+def test_the_table_says_what_is_over_the_budget(benchmark: ModuleType) -> None:
+    text = benchmark.table(
+        {
+            "fa3.decode": {"direct": 20.0, "adapter": 21.5, "added": 1.5, "ratio": 1.075},
+            "fa4.prefill dense": {"direct": 30.0, "adapter": 33.0, "added": 3.0, "ratio": 1.1},
+        }
+    )
+    assert text.splitlines() == [
+        "call                direct us  adapter us  added us  ratio",
+        "fa3.decode              20.00       21.50     +1.50   1.07",
+        "fa4.prefill dense       30.00       33.00     +3.00   1.10  over 2 us",
+        "1 of 2 within 2 us",
+    ]
+
+
+def test_what_is_kept_says_where_it_was_measured(benchmark: ModuleType) -> None:
+    kept = benchmark.report(hardware.device_of("sm_90"), {})
+    assert kept["device"]["arch"] == "sm_90"
+    assert set(kept) == {"device", "python", "libraries", "budget_us", "command", "us"}
