@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from emulated import flash_attn_4
 
 import hal
 from hal.testing import check
@@ -93,6 +94,43 @@ def test_rows_without_keys_are_as_the_emulation_has_them(device: hal.Device) -> 
     blind = [*range(5), *range(42, 49)]
     assert not out[blind].any()
     assert (lse[blind] == -math.inf).all()
+
+
+@pytest.mark.parametrize("window", [(None, None), (7, 0), (5, 3), (None, 2)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_functions_are_as_the_emulation_has_them(causal: bool, window: Any, device: hal.Device) -> None:
+    # requirement B15, E8, D15
+    """Results, layouts of the LSE, masks and rows without keys: dense, ragged, and over pages with NaN in unused slots."""
+    cute = pytest.importorskip("flash_attn.cute")
+    mine = flash_attn_4.emulations(str(hal.installed("flash-attn-4")), device.arch.name)
+    torch.manual_seed(0)
+    draw = torch.randn
+    masks = {"causal": causal, "window_size": window, "softmax_scale": 0.1, "return_lse": True}
+    dense = [draw(2, n, h, 64, device="cuda").half() for n, h in ((33, 4), (40, 2), (40, 2))]
+    ragged = [draw(n, h, 64, device="cuda").half() for n, h in ((49, 4), (64, 2), (64, 2))]
+    cu = [torch.tensor(x, dtype=torch.int32, device="cuda") for x in ([0, 9, 42, 49], [0, 4, 64, 64])]
+    bounds = {"cu_seqlens_q": cu[0], "cu_seqlens_k": cu[1], "max_seqlen_q": 33, "max_seqlen_k": 60}
+    pages = [draw(6, 16, 2, 64, device="cuda").half() for _ in range(2)]
+    for cache in pages:
+        cache[2, 1:], cache[5, 9:] = torch.nan, torch.nan
+    cached = {
+        "cu_seqlens_q": torch.tensor([0, 1, 9], dtype=torch.int32, device="cuda"), "max_seqlen_q": 8, "max_seqlen_k": 48,
+        "seqused_k": torch.tensor([33, 41], dtype=torch.int32, device="cuda"),
+        "page_table": torch.tensor([[0, 1, 2], [3, 4, 5]], dtype=torch.int32, device="cuda"),
+    }  # fmt: skip
+    for name, args, more in (
+        ("flash_attn_func", dense, {}),
+        ("flash_attn_varlen_func", ragged, bounds),
+        ("flash_attn_varlen_func", [ragged[0][:9], *pages], cached),
+    ):
+        found = getattr(cute, name)(*args, **more, **masks)
+        on_host = {n: x.cpu() if isinstance(x, torch.Tensor) else x for n, x in more.items()}
+        wanted = mine[name](*(x.cpu() for x in args), **on_host, **masks)
+        for real, emulated in zip(found[:2], wanted[:2], strict=True):
+            assert real.shape == emulated.shape
+            real, emulated = real.float().cpu(), emulated.float()
+            assert torch.equal(real.isneginf(), emulated.isneginf())
+            torch.testing.assert_close(real.nan_to_num(neginf=0), emulated.nan_to_num(neginf=0), atol=2e-2, rtol=2e-2)
 
 
 def test_a_value_tensor_that_is_a_view_is_read_rightly_at_256(device: hal.Device) -> None:  # requirement B3

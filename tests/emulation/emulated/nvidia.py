@@ -8,10 +8,19 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import hal
-from emulated import flash_attn_2, flash_attn_3, library, operators, signatures, torch_attention
+from emulated import (
+    flash_attn_2,
+    flash_attn_3,
+    flash_attn_4,
+    flashinfer,
+    library,
+    operators,
+    signatures,
+    torch_attention,
+)
 from emulated.library import Installed
 
-__all__ = ["LIBRARIES", "OPERATORS", "Emulated", "running"]
+__all__ = ["LIBRARIES", "OPERATORS", "Emulated", "running", "running_on"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,5 +66,24 @@ def running(name: str, distribution: str = "", version: str = "") -> Iterator[In
         library.installed(
             distribution, version, emulated.functions, adapters=[emulated.adapter], modules=emulated.modules
         ) as held,
+    ):
+        yield held
+
+
+@contextlib.contextmanager
+def running_on(arch: str, name: str, version: str = "") -> Iterator[Installed | None]:
+    """The library of any NVIDIA kernel, by the part of its name before the dot, as it behaves on an arch."""
+    if name in OPERATORS or name in LIBRARIES:
+        # The prebuilt flash-attention 3 has sinks, upstream's none.
+        with running(name, LIBRARIES[name].distributions[-1] if name in LIBRARIES else "", version) as held:
+            yield held
+        return
+    module: Any = flash_attn_4 if name == "fa4" else flashinfer
+    version = version or signatures.versions(module.LIBRARY)[-1]
+    beside = {"torch": "2.13.0", "nvidia-cutlass-dsl": "4.8.1", "nvidia-cudnn-frontend": "1.32"}
+    functions = module.emulations(version, arch)
+    with (
+        hal.simulate(libraries={**beside, module.LIBRARY: version}),
+        library.installed(module.LIBRARY, version, functions) as held,
     ):
         yield held

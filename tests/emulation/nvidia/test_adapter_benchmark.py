@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import sys
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from emulated import flash_attn_4, flashinfer, hardware, library, nvidia, signatures
+from emulated import hardware, nvidia
 
 import hal
 from hal_nvidia import NvidiaPlatform
@@ -31,27 +30,6 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     _zeroed.clear()
 
 
-@contextlib.contextmanager
-def running(name: str, arch: str) -> Iterator[None]:
-    if name in nvidia.OPERATORS or name in nvidia.LIBRARIES:
-        with nvidia.running(name):
-            yield
-        return
-    module: Any = flash_attn_4 if name == "fa4" else flashinfer
-    version = signatures.versions(module.LIBRARY)[-1]
-    versions = {
-        module.LIBRARY: version,
-        "torch": "2.13.0",
-        "nvidia-cutlass-dsl": "4.8.1",
-        "nvidia-cudnn-frontend": "1.32",
-    }
-    with (
-        hal.simulate(libraries=versions),
-        library.installed(module.LIBRARY, version, module.emulations(version, arch)),
-    ):
-        yield
-
-
 def measured() -> list[Any]:
     """Kernels with an arch of theirs, Hopper where they have it."""
     found = []
@@ -63,7 +41,7 @@ def measured() -> list[Any]:
 
 @pytest.mark.parametrize(("kernel", "arch"), measured())
 def test_every_adapter_is_measured_against_its_own_call(kernel: hal.Kernel, arch: str, benchmark: ModuleType) -> None:
-    with running(kernel.library, arch):
+    with nvidia.running_on(arch, kernel.library):
         found = list(benchmark.pairs(hardware.device_of(arch), kernel.name))
         assert len(found) == (2 if kernel.phase == "prefill" else 1)
         for name, direct, adapter in found:
