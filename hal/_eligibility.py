@@ -22,7 +22,7 @@ from hal_ops import AUTO, Request, record
 if TYPE_CHECKING:
     from hal._errata import Erratum
 
-__all__ = ["Circumstances", "eligible", "why_not"]
+__all__ = ["Circumstances", "eligible", "elsewhere", "why_not"]
 
 
 @record(frozen=True)
@@ -47,8 +47,13 @@ def why_not(kernel: Kernel, request: Request, around: Circumstances) -> list[Rea
 
 
 def eligible(kernel: Kernel, request: Request, around: Circumstances) -> bool:
-    """Whether there is no reason; the first one ends the search, so that most kernels cost one look at the device."""
-    return next(_hardware(kernel, around), None) is None and next(_reasons(kernel, request, around), None) is None
+    """Whether there is no reason; the first one ends the search."""
+    return not elsewhere(kernel, around) and next(_reasons(kernel, request, around), None) is None
+
+
+def elsewhere(kernel: Kernel, around: Circumstances) -> bool:
+    """Whether the kernel is for other vendors' devices only, so that nothing about the request could admit it."""
+    return bool(kernel.platforms) and around.device.platform not in kernel.platforms
 
 
 def _reasons(kernel: Kernel, request: Request, around: Circumstances) -> Iterator[Reason]:
@@ -100,7 +105,7 @@ def _hardware(kernel: Kernel, around: Circumstances) -> Iterator[Reason]:
     device = around.device
     if device.unusable:
         yield Reason("runtime_missing", device.unusable, field="device")
-    if kernel.platforms and device.platform not in kernel.platforms:
+    if elsewhere(kernel, around):
         platforms = " or ".join(kernel.platforms)
         yield Reason(
             "wrong_vendor", f"for {platforms} only; this is {device.platform}", "device", device.platform, platforms

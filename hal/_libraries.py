@@ -10,13 +10,25 @@ import importlib.metadata
 import importlib.util
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from hal._version import Version
 from hal_ops import record
 
-__all__ = ["Library", "has_module", "installed", "normalize", "simulated_libraries", "simulating", "torch_build"]
+__all__ = [
+    "Library",
+    "as_now",
+    "has_module",
+    "installed",
+    "normalize",
+    "simulated_libraries",
+    "simulating",
+    "torch_build",
+]
+
+T = TypeVar("T")
 
 
 @record(frozen=True)
@@ -100,6 +112,20 @@ def simulated_libraries(libraries: Mapping[str, str] | None) -> Iterator[None]:
         yield
     finally:
         _simulated.reset(token)
+
+
+def as_now(call: Callable[[], T]) -> Callable[[], T]:
+    """The call, to be made later with the libraries that are simulated (or not) now."""
+    simulated = _simulated.get()
+
+    def later() -> T:
+        token = _simulated.set(simulated)
+        try:
+            return call()
+        finally:
+            _simulated.reset(token)
+
+    return later
 
 
 def simulating() -> tuple[tuple[str, str], ...] | None:

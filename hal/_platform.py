@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hal._arch import Arch
@@ -124,9 +125,14 @@ def _changed_signatures(cls: type[Platform]) -> list[str]:
         base = vars(Platform).get(name)
         if name.startswith("_") or not inspect.isfunction(base):
             continue
-        wanted, found = list(inspect.signature(base).parameters), []
+        wanted, found = _parameters(base), []
         if inspect.isfunction(method):
-            found = list(inspect.signature(method).parameters)
+            found = _parameters(method)
         if wanted != found:
             problems.append(f"{name}({', '.join(found)}) must take ({', '.join(wanted)})")
     return problems
+
+
+@functools.lru_cache(maxsize=64)
+def _parameters(method: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(method).parameters)

@@ -128,9 +128,8 @@ def _discover() -> tuple[_Found, ...]:
     """Entry points by name, each with its distribution; nothing is imported."""
     found = []
     for entry in sorted(importlib.metadata.entry_points(group=GROUP), key=lambda e: e.name):
-        dist = entry.dist
-        source = Source(entry.name, dist.metadata["Name"] if dist else "", dist.version if dist else "")
-        found.append(_Found(entry.name, entry.load, source))
+        about = entry.dist.metadata if entry.dist else {"Name": "", "Version": ""}  # parsed anew at each access
+        found.append(_Found(entry.name, entry.load, Source(entry.name, about["Name"], about["Version"])))
     return tuple(found)
 
 

@@ -7,17 +7,19 @@ as any other, and is never replaced.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hal import _devices, _plugins, _settings
 from hal._device import Device
-from hal._eligibility import Circumstances, errata_for, why_not
+from hal._eligibility import Circumstances, elsewhere, errata_for, why_not
 from hal._forced import Forced, forced_kernels
 from hal._joint import Job, decide_open_fields
 from hal._kernel import Band, Kernel
 from hal._ledger import Ledger
+from hal._libraries import as_now
 from hal._reason import Reason
 from hal._registry import Registry
 from hal.errors import NoKernelError
@@ -78,9 +80,15 @@ class PhaseChoice:
 
     phase: str
     kernel: Kernel | None
-    candidates: tuple[Candidate, ...]
     forced: Forced | None = None
     measured: bool = False
+    _show: Callable[[], tuple[Candidate, ...]] = dataclasses.field(default=tuple, repr=False, compare=False)
+
+    @functools.cached_property
+    def candidates(self) -> tuple[Candidate, ...]:
+        """Every kernel of the phase with all its reasons: the chosen one, those asked for, those that could serve, the
+        rest. Kernels for other vendors' devices cannot be chosen, and are judged when somebody looks."""
+        return self._show()
 
 
 @record(frozen=True)
@@ -233,20 +241,23 @@ def _check_settings(settings: _settings.Settings, registry: Registry) -> None:
 
 def _choose(op: Op, phase: str, request: Request, forced: Forced | None, around: Circumstances) -> PhaseChoice:
     kernels = around.registry.candidates(op.name, phase, around.device)
-    reasons = {k.name: why_not(k, request, around) for k in kernels}
-    eligible = [k for k in kernels if not reasons[k.name]]
+    here = {k: why_not(k, request, around) for k in kernels if not elsewhere(k, around)}
+    eligible = [k for k, reasons in here.items() if not reasons]
     times = _measurements(around)
     order, measured = (eligible, False) if times is None else times.order(eligible, request, around)
     pool = [k for k in order if forced is None or k.answers_to(forced.name)]
     chosen = pool[0] if pool else None
-    candidates = []
-    for kernel in sorted(kernels, key=lambda k: _rank(k, chosen, order, forced, around)):
-        why = list(reasons[kernel.name])
-        if forced is not None and not kernel.answers_to(forced.name):
-            why.append(Reason("not_forced", f"{forced.source} asks for {forced.name}", "setting"))
-        status = "chosen" if kernel is chosen else "refused" if why else "eligible"
-        candidates.append(_candidate(kernel, status, why, request, around, times))
-    return PhaseChoice(phase, chosen, tuple(candidates), forced, measured and forced is None)
+
+    def candidate(kernel: Kernel, reasons: list[Reason]) -> Candidate:
+        return _candidate(kernel, kernel is chosen, reasons, forced, request, around, times)
+
+    judged = {k: candidate(k, reasons) for k, reasons in here.items()}
+
+    def show() -> tuple[Candidate, ...]:
+        shown = sorted(kernels, key=lambda k: _rank(k, chosen, order, forced, around))
+        return tuple(judged[k] if k in judged else candidate(k, why_not(k, request, around)) for k in shown)
+
+    return PhaseChoice(phase, chosen, forced, measured and forced is None, as_now(show))
 
 
 def _rank(
@@ -255,13 +266,22 @@ def _rank(
     """Order of showing: the chosen one, those that were asked for, those that could serve, those for this vendor, others."""
     asked = forced is not None and kernel.answers_to(forced.name)
     place = order.index(kernel) if kernel in order else len(order)
-    elsewhere = bool(kernel.platforms) and around.device.platform not in kernel.platforms
-    return (kernel is not chosen, not asked, place, elsewhere, -kernel.priority_on(around.device), kernel.name)
+    other = elsewhere(kernel, around)
+    return (kernel is not chosen, not asked, place, other, -kernel.priority_on(around.device), kernel.name)
 
 
 def _candidate(
-    kernel: Kernel, status: str, why: list[Reason], request: Request, around: Circumstances, times: Measurements | None
+    kernel: Kernel,
+    chosen: bool,
+    why: list[Reason],
+    forced: Forced | None,
+    request: Request,
+    around: Circumstances,
+    times: Measurements | None,
 ) -> Candidate:
+    if forced is not None and not kernel.answers_to(forced.name):
+        why = [*why, Reason("not_forced", f"{forced.source} asks for {forced.name}", "setting")]
+    status = "chosen" if chosen else "refused" if why else "eligible"
     row = around.ledger_row(kernel, request)
     time = None if times is None else times.get(kernel, request, around)
     evidence = f"{row.status} here {row.date}" if row else kernel.evidence_for(around.device)

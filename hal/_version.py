@@ -9,18 +9,24 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import InvalidVersion
 from packaging.version import Version as _PublicVersion
 
 from hal_ops import record
 
+if TYPE_CHECKING:
+    from packaging.specifiers import SpecifierSet
+
 __all__ = ["Version"]
 
 _BARE_LETTER = re.compile(r"\d[a-z]\Z", re.ASCII | re.IGNORECASE)
 _LEADING = re.compile(r"\s*v?(\d+(?:\.\d+)*)", re.ASCII | re.IGNORECASE)
+
+_AT_LEAST = re.compile(r">= ?(\d+(?:\.\d+)*)\Z", re.ASCII)
+"""What most declarations say. It is answered here, by PEP 440's rule: ``packaging.specifiers`` takes milliseconds to
+import, and most processes need it for nothing else."""
 
 
 @functools.total_ordering
@@ -66,6 +72,9 @@ class Version:
         Raises:
             ValueError: ``specifier`` is not a PEP 440 specifier.
         """
+        least = _AT_LEAST.match(specifier)
+        if least is not None:
+            return None if self._public is None else _PublicVersion(self._public.public) >= _PublicVersion(least[1])
         wanted = _specifier(specifier)
         return None if self._public is None else wanted.contains(self._public, prereleases=True)
 
@@ -115,6 +124,8 @@ def _parse(text: str) -> Version:
 
 @functools.lru_cache(maxsize=1024)
 def _specifier(text: str) -> SpecifierSet:
+    from packaging.specifiers import InvalidSpecifier, SpecifierSet
+
     try:
         return SpecifierSet(text)
     except InvalidSpecifier as error:

@@ -7,6 +7,7 @@ import itertools
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from packaging.specifiers import SpecifierSet
 
 from hal._version import Version
 
@@ -131,3 +132,15 @@ def test_any_two_texts_compare_one_way_or_not_at_all(left: str, right: str) -> N
     one, other = Version.parse(left), Version.parse(right)
     outcomes = [one < other, one == other, one > other]
     assert sum(outcomes) == (1 if one.known and other.known else int(one == other))
+
+
+@given(
+    st.from_regex(
+        r"[0-9]{1,2}(\.[0-9]{1,2}){0,3}((a|b|rc)[0-9])?(\.post[0-9])?(\.dev[0-9])?(\+cu[0-9]{3})?", fullmatch=True
+    ),
+    _NUMBERS,
+)
+def test_a_lower_bound_alone_is_judged_as_packaging_does(text: str, least: list[int]) -> None:
+    # requirement E1
+    bound = f">={'.'.join(map(str, least))}"
+    assert Version.parse(text).satisfies(bound) is SpecifierSet(bound).contains(text, prereleases=True)
