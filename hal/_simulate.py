@@ -32,8 +32,9 @@ from hal_ops import record
 __all__ = ["parse_devices", "simulate"]
 
 _UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
-_MEMORY = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)\Z", re.IGNORECASE)
-_COUNT = re.compile(r"\*\s*(\d+)\s*\Z")
+# patterns as text: most processes never match them, so nothing is compiled at import
+_MEMORY = r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\Z"
+_COUNT = r"\*\s*(\d+)\s*\Z"
 _KEYS = ("runtime", "driver", "memory", "name", "multiprocessors", "uuid", "capabilities")
 
 _devices: contextvars.ContextVar[str | tuple[Device, ...] | None] = contextvars.ContextVar("hal_devices", default=None)
@@ -73,7 +74,7 @@ def parse_devices(text: str, registry: Registry) -> tuple[Device, ...]:
 
 
 def _device(piece: _Piece, source: str, registry: Registry) -> tuple[Device, int]:
-    match = _COUNT.search(piece.text)
+    match = re.search(_COUNT, piece.text)
     count = int(match[1]) if match else 1
     if not 1 <= count <= 4096:
         raise SimulationError(
@@ -144,7 +145,7 @@ def _value(key: str, value: str) -> Any:
 
 
 def _bytes(text: str) -> int:
-    match = _MEMORY.match(text)
+    match = re.match(_MEMORY, text)
     if match is None or match[2].lower() not in _UNITS:
         raise ValueError(f"{text!r} is no amount of memory: give bytes, or a number with KiB, MiB, GiB or TiB")
     return int(float(match[1]) * _UNITS[match[2].lower()])

@@ -35,6 +35,8 @@ class _Fields(NamedTuple):
     shown: tuple[str, ...]
     compared: tuple[str, ...]
     hashed: tuple[str, ...]
+    finished: bool
+    """Whether the class has a ``__post_init__``."""
 
 
 def _made(cls: type, kw_only: bool) -> type:
@@ -52,6 +54,7 @@ def _made(cls: type, kw_only: bool) -> type:
         shown=tuple(f.name for f in fields if f.repr),
         compared=tuple(f.name for f in fields if f.compare),
         hashed=tuple(f.name for f in fields if (f.compare if f.hash is None else f.hash)),
+        finished=hasattr(cls, "__post_init__"),
     )
     if "__init__" not in cls.__dict__:
         mine.__signature__ = _Signature()
@@ -63,18 +66,20 @@ def _made(cls: type, kw_only: bool) -> type:
 
 def _init(self: Any, /, *args: Any, **kwargs: Any) -> None:
     fields: _Fields = self.__record__
-    values = {**fields.defaults, **dict(zip(fields.positional, args, strict=False)), **kwargs}
-    if len(args) > len(fields.positional) or not kwargs.keys().isdisjoint(fields.positional[: len(args)]):
-        _refuse(self, args, kwargs)
+    values = self.__dict__
+    values.update(fields.defaults)
+    if args:
+        values.update(zip(fields.positional, args, strict=False))
+        if len(args) > len(fields.positional) or not kwargs.keys().isdisjoint(fields.positional[: len(args)]):
+            _refuse(self, args, kwargs)
+    values.update(kwargs)
     for name, make in fields.factories.items():
         if name not in values:
             values[name] = make()
     if values.keys() != fields.names:
         _refuse(self, args, kwargs)
-    self.__dict__.update(values)
-    after = getattr(self, "__post_init__", None)
-    if after is not None:
-        after()
+    if fields.finished:
+        self.__post_init__()
 
 
 def _refuse(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -17,8 +17,8 @@ What torch's own function does not do, and what is done about it here:
 
 from __future__ import annotations
 
-import dataclasses
 from functools import cache, lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,8 +35,7 @@ _BIAS_AT_ONCE = 1 << 22
 _SMALL_MASK = 1 << 18
 
 
-@dataclasses.dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """The part of a request that :func:`attend` needs."""
 
     kv_heads: int
@@ -66,7 +65,7 @@ class Shape:
             None if left is None or left >= kv_len - 1 else left,
             None if right is None or right >= q_len - 1 > 0 else right,
         )
-        return self if limits == self.limits else dataclasses.replace(self, limits=limits)
+        return self if limits == self.limits else self._replace(limits=limits)
 
 
 def attend(

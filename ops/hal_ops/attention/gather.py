@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,9 +51,8 @@ class Group:
         return q[self.tokens].view(self.rows, self.q_len, *q.shape[1:])
 
 
-@dataclasses.dataclass(frozen=True)
-class _Row:
-    index: int
+class _Row(NamedTuple):
+    number: int
     start: int
     q_len: int
     kv_len: int
@@ -71,16 +71,16 @@ def plan_groups(step: Step, request: AttentionRequest, compute: torch.dtype) -> 
         else:
             packs.append([row])
     dtype = torch.promote_types(compute, torch.float32)
-    return [_group(sorted(pack, key=lambda r: r.index), step, dtype) for pack in packs]
+    return [_group(sorted(pack, key=lambda r: r.number), step, dtype) for pack in packs]
 
 
 def _rows(step: Step, request: AttentionRequest) -> Iterable[_Row]:
     limits = masks.sides(request.causal, request.window)
     start = 0
-    for index, (q_len, kv_len) in enumerate(zip(step.q_lens, step.kv_lens_host, strict=True)):
+    for number, (q_len, kv_len) in enumerate(zip(step.q_lens, step.kv_lens_host, strict=True)):
         if q_len:
             low, _ = masks.key_range(0, q_len - 1, q_len, kv_len, limits)
-            yield _Row(index, start, q_len, kv_len, kv_len - low, masks.empty_rows(q_len, kv_len, limits[1]))
+            yield _Row(number, start, q_len, kv_len, kv_len - low, masks.empty_rows(q_len, kv_len, limits[1]))
         start += q_len
 
 
@@ -96,7 +96,7 @@ def _fits(pack: list[_Row], row: _Row, limit: int) -> bool:
 def _group(pack: list[_Row], step: Step, dtype: torch.dtype) -> Group:
     device = step.block_table.device
     most, q_len = max(row.keys for row in pack), pack[0].q_len
-    numbers = torch.tensor([(row.index, row.kv_len, row.keys) for row in pack], device=device)
+    numbers = torch.tensor([(row.number, row.kv_len, row.keys) for row in pack], device=device)
     rows, ends, keys = numbers.unbind(1)
     positions = ends.unsqueeze(1) - most + torch.arange(most, device=device)
     absent = torch.arange(most, device=device) < (most - keys).unsqueeze(1)

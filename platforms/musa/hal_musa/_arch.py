@@ -8,8 +8,9 @@ from hal import Arch
 
 __all__ = ["UNKNOWN", "from_number", "parse_arch"]
 
-_PACKED = re.compile(r"(?:mp[ _-]?)?([1-9])\.?(\d)\Z", re.ASCII)
-_PAIR = re.compile(r"(?:\(\s*([1-9])\s*,\s*(\d)\s*\)|([1-9])\s*,\s*(\d))\Z", re.ASCII)
+# patterns as text: most processes never match them, so nothing is compiled at import
+_PACKED = r"(?a)(?:mp[ _-]?)?([1-9])\.?(\d)\Z"
+_PAIR = r"(?a)(?:\(\s*([1-9])\s*,\s*(\d)\s*\)|([1-9])\s*,\s*(\d))\Z"
 
 UNKNOWN = Arch("musa", "unknown")
 """The arch of a GPU whose generation could not be learnt. Never equal to, nor ordered with, a real one."""
@@ -24,9 +25,9 @@ def parse_arch(text: str) -> Arch:
         ValueError: no form of Moore Threads' fits.
     """
     plain = str(text).strip().lower()
-    if match := _PACKED.match(plain):
+    if match := re.match(_PACKED, plain):
         return from_number(int(match[1]), int(match[2]))
-    if match := _PAIR.match(plain):
+    if match := re.match(_PAIR, plain):
         return from_number(int(match[1] or match[3]), int(match[2] or match[4]))
     raise ValueError(f"{text!r} is no Moore Threads arch: write 'mp_31' (or 'mp31', '31', '3.1', '(3, 1)')")
 

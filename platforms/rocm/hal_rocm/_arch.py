@@ -12,8 +12,9 @@ from hal import Arch
 
 __all__ = ["UNKNOWN", "from_version", "parse_arch", "parse_override"]
 
-_FORM = re.compile(r"(?:amdgcn-amd-amdhsa--)?gfx([1-9]\d?)([0-9a-f])([0-9a-f])((?::[a-z]+[+-])*)\Z", re.ASCII)
-_OVERRIDE = re.compile(r"(\d{1,2})\.(\d{1,3})\.(\d{1,3})\Z", re.ASCII)
+# patterns as text: most processes never match them, so nothing is compiled at import
+_FORM = r"(?a)(?:amdgcn-amd-amdhsa--)?gfx([1-9]\d?)([0-9a-f])([0-9a-f])((?::[a-z]+[+-])*)\Z"
+_OVERRIDE = r"(?a)(\d{1,2})\.(\d{1,3})\.(\d{1,3})\Z"
 
 _CDNA = frozenset({(9, 0, 8), (9, 0, 10), (9, 4, 0), (9, 4, 1), (9, 4, 2), (9, 5, 0)})
 _GCN = frozenset({(9, 0, 0), (9, 0, 2), (9, 0, 4), (9, 0, 6), (9, 0, 9), (9, 0, 12)})
@@ -28,7 +29,7 @@ def parse_arch(text: str) -> Arch:
     Raises:
         ValueError: no form of AMD's fits.
     """
-    match = _FORM.match(str(text).strip().lower())
+    match = re.match(_FORM, str(text).strip().lower())
     if match is None:
         raise ValueError(
             f"{text!r} is no AMD arch: write 'gfx942' (features may follow, as in 'gfx942:sramecc+:xnack-'); "
@@ -45,7 +46,7 @@ def from_version(version: int) -> Arch:
 
 def parse_override(text: str) -> Arch | None:
     """The arch of an ``HSA_OVERRIDE_GFX_VERSION`` such as ``"10.3.0"``; None where the runtime would refuse it."""
-    match = _OVERRIDE.match(text.strip())
+    match = re.match(_OVERRIDE, text.strip())
     return _arch((int(match[1]), int(match[2]), int(match[3]))) if match else None
 
 
