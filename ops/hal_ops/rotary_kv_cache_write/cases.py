@@ -110,7 +110,7 @@ def _fused(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Views with the values of the given tensors, of one projection ``[tokens, all heads' elements]``."""
     both = torch.cat([x.flatten(1) for x in tensors], 1)
     parts = torch.split(both, [x[0].numel() for x in tensors], 1)
-    return tuple(part.unflatten(1, x.shape[1:]) for part, x in zip(parts, tensors, strict=True))
+    return tuple(part.view(x.shape) for part, x in zip(parts, tensors, strict=True))
 
 
 make_case.variants = variants()  # type: ignore[attr-defined]
