@@ -16,8 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from examples.sentence_search import model as minilm  # noqa: E402
 from examples.sentence_search import plain, weights  # noqa: E402
 from examples.tiny_llama import run as generation  # noqa: E402
+from examples.tiny_llama import train as training  # noqa: E402
 from examples.tiny_llama.engine import Engine, PageAllocator, Request, Sequence  # noqa: E402
-from examples.tiny_llama.model import HalLlama, load, read_config  # noqa: E402
+from examples.tiny_llama.model import HalLlama, TinyLlama, load, read_config, save  # noqa: E402
 
 TEXTS = [
     "Stars twinkle.",
@@ -97,6 +98,31 @@ def test_a_request_that_comes_later_joins_the_running_batch(llama: HalLlama) -> 
     report = engine.step()
     assert (report.decoded, report.prefilled) == (1, engine.token_budget - 1)
     assert drain(engine)[late.name].generated == generation.recompute(llama, late)
+
+
+def test_the_ops_of_both_models_are_hals(llama: HalLlama) -> None:
+    """Whatever lies between matrix products and attention, and has an op."""
+    names = generation.kernels(llama)
+    assert {name.partition(".")[2] for name in names[4:]} == {
+        "rms_norm", "fused_add_rms_norm", "rotary_embedding", "silu_and_mul",
+    }  # fmt: skip
+    assert minilm.get_layer_norm(llama.attn.device).selection.kernels() == {"call": "torch.layer_norm"}
+
+
+def test_training_has_the_same_model(llama: HalLlama, tmp_path: Path) -> None:
+    """Its plain ops compute what HAL's do, and what it saves is what is loaded."""
+    trained = TinyLlama(llama.config, training.plain_ops(llama.config))
+    trained.load_state_dict(llama.state_dict())
+    tokens = torch.randint(llama.config.vocab_size, (2, 20))
+    loss = training.loss_of(trained, tokens, training.sdpa)
+    torch.autograd.backward(loss)
+    assert all(p.grad is not None and p.grad.ne(0).any() for p in trained.parameters())
+    with torch.no_grad():
+        hidden = trained(tokens, torch.arange(20), training.sdpa)
+        torch.testing.assert_close(hidden, llama.forward_full(tokens), atol=1e-4, rtol=1e-4)
+    save(trained, tmp_path)
+    again = load(llama.attn, tmp_path).state_dict()
+    assert all(torch.equal(again[name], weight) for name, weight in llama.state_dict().items())
 
 
 def test_the_end_token_ends_a_text(llama: HalLlama) -> None:

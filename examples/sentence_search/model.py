@@ -1,5 +1,7 @@
 """MiniLM, a small BERT, over ragged batches: all texts stand in one row of tokens, and nothing is padded.
 
+The attention and the norms are HAL's.
+
 Only the attention and the pooling have to know where a text ends; both are told by `cu_seqlens`, int32
 `[texts + 1]`, which starts at 0 and ends at the number of tokens.
 """
@@ -45,22 +47,34 @@ def get_attention(device: str | None = None) -> hal.Attention:
     )
 
 
-class Layer(nn.Module):
-    """Attention and MLP, each added to its input and then normalised."""
+def get_layer_norm(device: hal.Device) -> hal.BoundOp:
+    """The norm of the model, called with x, weight and bias."""
+    return hal.get_op("layer_norm", hidden_size=HIDDEN, dtype=torch.float32, eps=EPS, device=device)
 
-    def __init__(self) -> None:
+
+class Layer(nn.Module):
+    """Attention and MLP, each added to its input and then normalised.
+
+    The MLP's GELU has no gate to multiply with, so there is no op for it.
+    """
+
+    def __init__(self, layer_norm: hal.BoundOp) -> None:
         super().__init__()
+        self.layer_norm = layer_norm
         self.q, self.k, self.v, self.o = (nn.Linear(HIDDEN, HIDDEN) for _ in range(4))
-        self.attention_norm = nn.LayerNorm(HIDDEN, eps=EPS)
+        self.attention_norm = nn.LayerNorm(HIDDEN)
         self.up, self.down = nn.Linear(HIDDEN, INTERMEDIATE), nn.Linear(INTERMEDIATE, HIDDEN)
-        self.mlp_norm = nn.LayerNorm(HIDDEN, eps=EPS)
+        self.mlp_norm = nn.LayerNorm(HIDDEN)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, attn: hal.Attention) -> Tensor:
         """`[tokens, hidden]` to `[tokens, hidden]`."""
         q, k, v = (project(x).unflatten(-1, (HEADS, -1)) for project in (self.q, self.k, self.v))
         out = attn(q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens)
-        x = self.attention_norm(x + self.o(out.flatten(-2)))
-        result: Tensor = self.mlp_norm(x + self.down(functional.gelu(self.up(x))))
+        x = self._normalised(x + self.o(out.flatten(-2)), self.attention_norm)
+        return self._normalised(x + self.down(functional.gelu(self.up(x))), self.mlp_norm)
+
+    def _normalised(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        result: Tensor = self.layer_norm(x, norm.weight, norm.bias)
         return result
 
 
@@ -69,19 +83,20 @@ class MiniLM(nn.Module):
 
     def __init__(self, attn: hal.Attention) -> None:
         super().__init__()
-        self.attn = attn
+        self.attn, self.layer_norm = attn, get_layer_norm(attn.device)
         self.words, self.places = nn.Embedding(VOCAB, HIDDEN), nn.Embedding(POSITIONS, HIDDEN)
         # There are two kinds of segment in BERT and one here, so one row is left to add.
         self.segment = nn.Parameter(torch.zeros(HIDDEN))
-        self.norm = nn.LayerNorm(HIDDEN, eps=EPS)
-        self.layers = nn.ModuleList(Layer() for _ in range(LAYERS))
+        self.norm = nn.LayerNorm(HIDDEN)
+        self.layers = nn.ModuleList(Layer(self.layer_norm) for _ in range(LAYERS))
 
     def forward(self, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Unit vectors `[texts, hidden]` of tokens `[tokens]`."""
         lengths = cu_seqlens.diff().long()
         text_of = torch.repeat_interleave(torch.arange(len(lengths), device=tokens.device), lengths)
         positions = torch.arange(len(tokens), device=tokens.device) - cu_seqlens[text_of]
-        x = self.norm(self.words(tokens) + self.places(positions) + self.segment)
+        x = self.words(tokens) + self.places(positions) + self.segment
+        x = self.layer_norm(x, self.norm.weight, self.norm.bias)
         for layer in self.layers:
             x = layer(x, cu_seqlens, self.attn)
         return functional.normalize(mean_of_texts(x, text_of, lengths), dim=-1)

@@ -40,7 +40,8 @@ def main(device: str | None = None) -> int:
         print(weights.MISSING, file=sys.stderr)
         return 1
     attn = minilm.get_attention(device)
-    print(f"  on {attn.device}, with {', '.join(attn.kernels().values())}")
+    norm = minilm.get_layer_norm(attn.device).selection.kernels()["call"]
+    print(f"  on {attn.device}, with {', '.join(attn.kernels().values())}, {norm}")
     parameters = weights.load_weights(attn.device.torch_device())
     ids = weights.tokenize(weights.load_tokenizer(), SENTENCES + QUESTIONS)
     model = minilm.load(parameters, attn)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import fields
 
 import torch
 from tokenizers import Tokenizer
@@ -124,13 +125,19 @@ def check(model: HalLlama, finished: list[Sequence]) -> bool:
     return not wrong
 
 
+def kernels(model: HalLlama) -> list[str]:
+    """The names of all that runs: attention, cache write, and the ops between."""
+    ops = (getattr(model.ops, field.name) for field in fields(model.ops))
+    return [*model.attn.kernels().values(), *(str(op.selection.kernels()["call"]) for op in ops)]
+
+
 def main(device: str | None = None) -> int:
     """Serve, print, check; 0 if every text is what full recomputation gives. Without `device`, HAL's own choice."""
     # On a CPU, work this small is slower when threads share it, and many times slower when the machine is busy.
     torch.set_num_threads(1)
     tokenizer = load_tokenizer()
     model = load(get_attention(read_config(), device))
-    print(f"  on {model.attn.device}, with {', '.join(model.attn.kernels().values())}")
+    print(f"  on {model.attn.device}, with {', '.join(kernels(model))}")
     engine = Engine(model, num_pages=NUM_PAGES, page_size=PAGE_SIZE, token_budget=TOKEN_BUDGET)
     start = time.perf_counter()
     finished = serve(engine, requests(tokenizer))

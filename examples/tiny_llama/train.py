@@ -2,7 +2,8 @@
 
     python -m examples.tiny_llama.train
 
-The attention is injected: `--attention sdpa` is plain torch, `--attention hal` is a kernel with a backward.
+The attention is injected: `--attention sdpa` is plain torch, `--attention hal` is a kernel with a backward. The other
+ops are plain torch too, since autocast mixes formats between them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from examples.tiny_llama.model import WEIGHTS, Attend, Config, TinyLlama, save
+from examples.tiny_llama.model import WEIGHTS, Attend, Config, Ops, TinyLlama, save
 from examples.tiny_llama.text import END, topics, train_tokenizer
 
 HELD_OUT_EVERY = 16
@@ -26,6 +27,34 @@ def sdpa(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention by torch over `[batch, len, heads, dim]`."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate `[..., heads, head_dim]` by `[..., 1, head_dim / 2]`; the halves of a head are its pairs."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def plain_ops(config: Config) -> Ops:
+    """The model's ops by torch, with gradients."""
+
+    def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+        return functional.rms_norm(x, weight.shape, weight, config.norm_eps)
+
+    def fused_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
+        total = residual + x
+        residual.copy_(total)
+        return rms_norm(total, weight)
+
+    def rotary_embedding(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = cos[positions].unsqueeze(-2), sin[positions].unsqueeze(-2)
+        return rotate(q, cos, sin), rotate(k, cos, sin)
+
+    def silu_and_mul(x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        return functional.silu(gate) * up
+
+    return Ops(rms_norm, fused_add_rms_norm, rotary_embedding, silu_and_mul)
 
 
 def hal_attention(config: Config) -> Attend:
@@ -119,7 +148,7 @@ def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     config = Config()
     learned, held_out = encode(config, args.out)
-    model = TinyLlama(config)
+    model = TinyLlama(config, plain_ops(config))
     initialise(model)
     attend = hal_attention(config) if args.attention == "hal" else sdpa
     optimizer = optimizer_for(model)

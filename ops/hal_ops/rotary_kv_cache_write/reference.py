@@ -19,7 +19,20 @@ def outputs(request: RotaryKvCacheWriteRequest) -> Callable[..., Tensor]:
     """Makes an empty output from the call's arguments."""
     del request
 
-    def empty(q: Tensor, *others: Tensor, **scales: Tensor | None) -> Tensor:
+    def empty(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        positions: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        slot_mapping: Tensor,
+        *,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
+    ) -> Tensor:
         return empty_like(q)
 
     return empty
