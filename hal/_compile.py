@@ -42,7 +42,8 @@ def traceable(selection: Selection, fn: Callable[..., Any]) -> Callable[..., Any
         )
     name, outputs = _name(selection), resolve_target(op.traced.outputs)(request)
     returns = "Tensor" if op.traced.results == 1 else f"({', '.join(['Tensor'] * op.traced.results)})"
-    fresh = node(name, op.traced.arguments, returns, fn, outputs, differentiable=gradients)
+    backward = (_keep, _backward(name)) if gradients else None
+    fresh = node(name, op.traced.arguments, returns, fn, outputs, backward=backward)
     if not op.traced.results or not op.traced.takes_out:
         return fresh
     outs = [f"out{i}" for i in range(op.traced.results)]
@@ -59,7 +60,7 @@ def node(
     function: Callable[..., Any],
     fake: Callable[..., Any],
     *,
-    differentiable: bool = False,
+    backward: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
 ) -> torch._ops.OpOverload:
     """The op ``hal::name`` for ``function``, on every device.
 
@@ -67,7 +68,8 @@ def node(
         arguments, returns: in torch's schema language; changed arguments are marked. Results may not share memory with
             arguments.
         fake: makes empty results from the arguments.
-        differentiable: the gradients are those of ``function``, which runs once more in the backward.
+        backward: ``setup_context`` and ``backward`` of its gradients, as ``torch.library.register_autograd`` takes
+            them.
     """
     import torch
 
@@ -81,8 +83,8 @@ def node(
             name, lambda *args, **kwargs: _functions[name](*args, **kwargs), "CompositeExplicitAutograd"
         )
         torch.library.register_fake(f"hal::{name}", fake, lib=library)
-        if differentiable:
-            torch.library.register_autograd(f"hal::{name}", _backward(name), setup_context=_keep, lib=library)
+        if backward is not None:
+            torch.library.register_autograd(f"hal::{name}", backward[1], setup_context=backward[0], lib=library)
     found: torch._ops.OpOverload = getattr(torch.ops.hal, name).default
     return found
 
@@ -140,6 +142,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _backward(name: str) -> Callable[..., Any]:
+    """The gradients are those of the function, which runs once more."""
+
     def backward(ctx: Any, *gradients: Any) -> Any:
         import torch
 

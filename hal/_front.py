@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-from hal import _devices, _libraries, _plugins, _selection, _settings, _simulate
+from hal import _devices, _plugins, _selection, _settings
 from hal._attention import Attention, check_needs_cache
 from hal._bind import bind
 from hal._compile import traceable
 from hal._device import Device
-from hal._registry import Registry
+from hal._handle_key import forget_states, key_of
 from hal._selection import Selection
 from hal.errors import InputError, did_you_mean
 from hal_ops import AUTO, Request
@@ -23,7 +22,6 @@ __all__ = ["BoundOp", "get_attention", "get_attentions", "get_op", "receipts"]
 
 _handles: dict[Any, Any] = {}
 _decided: dict[tuple[str, str, str], Selection] = {}
-_states: dict[Any, _State] = {}
 _lock = threading.RLock()
 
 
@@ -53,6 +51,7 @@ def get_attention(
     phases: Sequence[str] | None = None,
     device: Any = None,
     kernel: Any = None,
+    compile: bool = False,  # noqa: A002 - torch's word for it
 ) -> Attention:
     """Attention for this machine: the best kernels that are installed and compute the right thing, bound.
 
@@ -76,6 +75,8 @@ def get_attention(
         phases: those that will be used, of ``"prefill"``, ``"extend"``, ``"decode"``; default all.
         device: anything :func:`hal.device` takes; default: the default device.
         kernel: forces a kernel or library by name, or one a phase by a mapping; obeyed or refused, never replaced.
+        compile: a call is one node in what ``torch.compile(fullgraph=True)`` traces, whatever the kernel is made of,
+            its backward too; caches and plans are passed as in any call, and another plan compiles nothing anew.
 
     Raises:
         ValueError: a value that no kernel could honour.
@@ -83,22 +84,29 @@ def get_attention(
         UnknownKernelError, DeviceError, SettingError, LockError: as their names say.
     """
     fields = dict(locals())
-    where, forced = fields.pop("device"), fields.pop("kernel")
+    where, forced, traced = fields.pop("device"), fields.pop("kernel"), fields.pop("compile")
     fields["phases"] = phases if phases is None or isinstance(phases, str) else tuple(phases)
-    key = _key("attention", fields, where, forced)
+    key = key_of("attention, traced" if traced else "attention", fields, where, forced)
     if key is not None and key in _handles:
         return _handles[key]  # type: ignore[no-any-return]
     request = AttentionRequest(**fields)
-    handle = _attention(request, where, forced, lambda: _selection.select(request, device=where, kernel=forced))
+    handle = _attention(lambda: _selection.select(request, device=where, kernel=forced), traced)
     if key is not None:
         _remember(key, handle)
     return handle
 
 
-def get_attentions(layers: Sequence[Any], *, device: Any = None, kernel: Any = None) -> tuple[Attention, ...]:
+def get_attentions(
+    layers: Sequence[Any],
+    *,
+    device: Any = None,
+    kernel: Any = None,
+    compile: bool = False,  # noqa: A002 - torch's word for it
+) -> tuple[Attention, ...]:
     """Attention for layers that share one pool of pages: a handle each, with one page size, KV layout and KV dtype.
 
-    ``layers`` holds mappings of :func:`get_attention`'s arguments, or ``AttentionRequest`` objects.
+    ``layers`` holds mappings of :func:`get_attention`'s arguments, or ``AttentionRequest`` objects; ``device``, ``kernel``
+    and ``compile`` are as there.
 
     Raises:
         InputError: layers that ask for different page sizes, layouts or KV dtypes; the clash is named.
@@ -111,7 +119,7 @@ def get_attentions(layers: Sequence[Any], *, device: Any = None, kernel: Any = N
     def decide(i: int) -> Selection:
         return _selection.select_together(requests, device=where, kernel=kernel)[i]
 
-    return tuple(_attention(r, where, kernel, lambda i=i: decide(i)) for i, r in enumerate(requests))
+    return tuple(_attention(lambda i=i: decide(i), compile) for i in range(len(requests)))
 
 
 def _check_common(requests: Sequence[AttentionRequest]) -> None:
@@ -126,7 +134,7 @@ def _check_common(requests: Sequence[AttentionRequest]) -> None:
             raise InputError(f"the layers share one cache and ask for different {field}: {clash}")
 
 
-def _attention(request: AttentionRequest, device: Any, kernel: Any, decide: Any) -> Attention:
+def _attention(decide: Any, traced: bool) -> Attention:
     selection, made = bind(decide)
     _keep_receipt(selection)
     write_selection, write = None, None
@@ -137,7 +145,10 @@ def _attention(request: AttentionRequest, device: Any, kernel: Any, decide: Any)
         write_selection, written = bind(lambda: _selection.select(wanted, device=selection.device))
         write = written["call"]
     debug = _settings.current()["debug_checks"]
-    return Attention(selection, made, write_selection, write, debug_checks=debug)
+    kind = Attention
+    if traced:
+        from hal._compile_attention import TracedAttention as kind  # noqa: N813
+    return kind(selection, made, write_selection, write, debug_checks=debug)
 
 
 def _write_request(request: AttentionRequest) -> KvCacheWriteRequest:
@@ -200,7 +211,7 @@ def get_op(
         NoKernelError: no kernel can serve the request, or what is forced cannot.
         InputError: with ``compile=True``: the op's contract has no schema, or it works in place and needs gradients.
     """
-    key = _key(name, {**fields, "compile": compile}, device, kernel)
+    key = key_of(name, {**fields, "compile": compile}, device, kernel)
     if key is not None and key in _handles:
         return _handles[key]  # type: ignore[no-any-return]
     op = _plugins.registry().op(name)
@@ -225,49 +236,6 @@ def _request(cls: type[Request], name: str, fields: Mapping[str, Any]) -> Reques
     return cls(**fields)
 
 
-def _key(name: str, fields: Mapping[str, Any], device: Any, kernel: Any) -> Any:
-    """Everything that decides a handle, or None when that cannot be hashed. Cheap: it is made at every call."""
-    forced = tuple(sorted(kernel.items())) if isinstance(kernel, Mapping) else kernel
-    device = getattr(device, "device", device)
-    state = (_settings.fingerprint(), _simulate.simulated(), _libraries.simulating(), _plugins.temporary())
-    try:
-        if state not in _states:
-            _states[state] = _state_of(_plugins.registry())
-        watched = _states[state]
-        seen = (*map(os.environ.get, watched.variables), *map(_stamp, watched.files))
-        current = () if device is not None else tuple(map(_devices.current_index, watched.torch_types))
-        key = (name, tuple(fields.items()), device, forced, state, seen, current)
-        hash(key)
-    except TypeError:
-        return None
-    return key
-
-
-class _State(NamedTuple):
-    """What to look at to see whether a kept handle still is what would be made."""
-
-    variables: tuple[str, ...]
-    torch_types: tuple[str, ...]
-    files: tuple[str, ...]
-
-
-def _state_of(registry: Registry) -> _State:
-    platforms, settings = registry.platforms.values(), _settings.current()
-    variables = dict.fromkeys(name for p in platforms for name in p.visibility)
-    torch_types = dict.fromkeys(p.torch_type for p in platforms if p.torch_type != "cpu")
-    kept = [settings.cache_dir() / "ledger.json", settings.cache_dir() / "measurements.json"]
-    files = [str(f) for f in (*kept, settings["lock"]) if f is not None]
-    return _State(tuple(variables), tuple(torch_types), tuple(files))
-
-
-def _stamp(file: str) -> tuple[int, int] | None:
-    try:
-        found = os.stat(file)
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size
-
-
 def _remember(key: Any, handle: Any) -> None:
     with _lock:
         if len(_handles) >= 4096:
@@ -289,5 +257,5 @@ def receipts() -> tuple[dict[str, Any], ...]:
 def forget() -> None:
     """Drop the handles and receipts that were kept."""
     _handles.clear()
-    _states.clear()
+    forget_states()
     _decided.clear()

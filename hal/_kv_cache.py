@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["KVCache", "allocate"]
+__all__ = ["KVCache", "allocate", "plain"]
 
 
 class KVCache:
@@ -93,6 +93,14 @@ class KVCache:
             f"KVCache({self.num_pages} pages of {self.page_size}, {self.num_kv_heads} kv heads, "
             f"dims {self.k.shape[3]}/{self.v.shape[3]}, {self.dtype}, {self.layout}, {self.k.device})"
         )
+
+
+def plain(k: Tensor, v: Tensor, layout: str, k_scale: Tensor | None, v_scale: Tensor | None) -> KVCache:
+    """The tensors of a cache as one again, without any check."""
+    cache = KVCache.__new__(KVCache)
+    cache.k, cache.v, cache.layout = k, v, layout
+    cache.k_scale, cache.v_scale, cache._checked_by = k_scale, v_scale, None
+    return cache
 
 
 def allocate(request: AttentionRequest, num_pages: int, device: torch.device, k_scale: Any, v_scale: Any) -> KVCache:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Plan"]
 
+_numbers = itertools.count(1)
+_plans: weakref.WeakValueDictionary[int, Plan] = weakref.WeakValueDictionary()
+
 
 class Plan:
     """What a handle needs to know about one step. Made by ``handle.plan(...)``, opaque, and only for that handle.
@@ -28,7 +32,7 @@ class Plan:
     addresses stay the same, and tails are zeroed.
     """
 
-    __slots__ = ("_buffers", "_owner", "_payload", "_run", "_step", "phase", "write")
+    __slots__ = ("__weakref__", "_buffers", "_owner", "_payload", "_run", "_step", "_token", "phase", "write")
 
     def __init__(
         self, owner: Attention, step: Step, phase: str, write: str, payload: Any, buffers: Buffers | None
@@ -40,6 +44,7 @@ class Plan:
         self._payload = payload
         self._buffers = buffers
         self._run = owner._implementations[phase]
+        self._token: Tensor | None = _numbered(self) if owner._traced else None
 
     @property
     def batch(self) -> int:
@@ -90,6 +95,27 @@ class Plan:
 
     def __repr__(self) -> str:
         return f"Plan({self.phase}, {self.batch} rows, {self.num_tokens} tokens, writes {self.write}, of {self._owner})"
+
+
+def _numbered(plan: Plan) -> Tensor:
+    """What stands for a plan in a traced graph: its number, int64 on the host, of no dims."""
+    import torch
+
+    number = next(_numbers)
+    _plans[number] = plan
+    return torch.tensor(number, dtype=torch.int64)
+
+
+def plan_of(token: Tensor) -> Plan:
+    """The plan that a token stands for.
+
+    Raises:
+        InputError: it was dropped before the call ran.
+    """
+    plan = _plans.get(int(token))
+    if plan is None:
+        raise InputError("the plan of this call is gone: keep it until the compiled function has run")
+    return plan
 
 
 class Buffers:
