@@ -210,8 +210,11 @@ def _fields(kernel: Kernel, request: Request) -> Iterator[Reason]:
 
 
 def _own_check(kernel: Kernel, request: Request, around: Circumstances) -> Iterator[Reason]:
-    """What the kernel's own ``check`` says. One that is broken refuses its kernel, and hides no other."""
-    if kernel.check is None:
+    """What the kernel's own ``check`` says. One that is broken refuses its kernel, and hides no other.
+
+    It is asked about devices of the kernel's own platforms: what it knows of archs and runtimes holds for no others.
+    """
+    if kernel.check is None or (kernel.platforms and around.device.platform not in kernel.platforms):
         return
     try:
         for reason in kernel.check(request, around.device):

@@ -102,7 +102,7 @@ class Kernel:
         capabilities: what the device must be able to do.
         fields: request field to :class:`Constraint`. Required fields must all be here; a feature that is not here is
             refused unless it is neutral.
-        check: for what data cannot say: ``(request, device) -> reasons``.
+        check: for what data cannot say: ``(request, device) -> reasons``; ``device`` is of one of ``platforms``.
         built_archs: archs that the installed binary was built for, where that can be known.
         copies: tensors that the adapter has to copy, in words; shown by ``explain()``.
         evidence: arch name to ``"run"``, ``"emulated"``, ``"compiled"`` or ``"claimed"``.

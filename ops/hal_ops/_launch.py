@@ -13,8 +13,11 @@ from typing import Any
 import torch
 import triton
 
-__all__ = ["Launch"]
+__all__ = ["FUSED", "Launch"]
 
+FUSED: Mapping[str, Any] = {"enable_fp_fusion": True}
+"""Products and sums become one instruction. Said at every launch: what is meant where nothing is said changes with
+Triton 3.10, and 3.9 warns of that (``triton/knobs.py``, ``fp_fusion_enabled``)."""
 _HANDLES = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)
 """Whether a compiled kernel takes all arguments, constants included, as the function does (Triton 3.3 and newer)."""
 
@@ -26,7 +29,7 @@ class Launch:
         kernel: a ``triton.jit`` function whose constants come last.
         constants: makes the constants for a key, in the order of the function's signature.
         device: where it runs, with its ordinal; the CPU for Triton's interpreter.
-        options: ``num_warps``, ``num_stages``.
+        options: ``num_warps``, ``num_stages``; :data:`FUSED` is added.
     """
 
     def __init__(
@@ -34,7 +37,7 @@ class Launch:
     ) -> None:
         self._kernel = kernel
         self._constants = constants
-        self._options = options
+        self._options = {**FUSED, **options}
         self._index = device.index
         self._device = None if device.type == "cpu" else device
         self._current_device = torch.get_device_module(device).current_device

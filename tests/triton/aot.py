@@ -51,8 +51,8 @@ def _hip(name: str, warp_size: int, shared: int, *formats: str) -> Target:
     return Target(name, "hip", name, warp_size, shared, frozenset(formats))
 
 
-# Shared memory a block: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; LDS: the ISA
-# guides of CDNA 3 and RDNA 3 (64 KiB) and of CDNA 4 (160 KiB).
+# Shared memory a block: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; LDS: LLVM, "User
+# Guide for AMDGPU Backend": 160 KiB on gfx950, 64 KiB elsewhere.
 TARGETS = {
     target.name: target
     for target in (
@@ -60,9 +60,11 @@ TARGETS = {
         _cuda(90, 227 << 10),
         _cuda(100, 227 << 10),
         _cuda(120, 99 << 10),
+        _hip("gfx90a", 64, 64 << 10),
         _hip("gfx942", 64, 64 << 10, "fp8e4b8", "fp8e5b16"),
         _hip("gfx950", 64, 160 << 10, "fp8e4nv", "fp8e5"),
         _hip("gfx1100", 32, 64 << 10),
+        _hip("gfx1201", 32, 64 << 10, "fp8e4nv", "fp8e5"),
     )
 }
 
@@ -150,6 +152,8 @@ def compile_variant(variant: Variant, target: Target) -> dict[str, Any]:
     from triton.compiler import ASTSource
     from triton.errors import TritonError
 
+    from hal_ops._launch import FUSED
+
     function = resolve(variant.kernel)
     row: dict[str, Any] = {
         "kernel": variant.kernel,
@@ -171,7 +175,7 @@ def compile_variant(variant: Variant, target: Target) -> dict[str, Any]:
     source = ASTSource(function, signature, dict(variant.constants), attributes)
     try:
         made = triton.compile(
-            source, GPUTarget(target.backend, target.arch, target.warp_size), options=dict(variant.options)
+            source, GPUTarget(target.backend, target.arch, target.warp_size), options={**FUSED, **variant.options}
         )
     except (TritonError, RuntimeError) as error:
         return {**row, "error": f"{type(error).__name__}: {error}".strip()[:600]}

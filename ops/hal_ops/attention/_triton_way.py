@@ -71,7 +71,7 @@ class Way:
         else:
             options = {"num_warps": config.warps, "num_stages": config.stages}
         # Triton 3.10 no longer contracts multiplications and additions unless told to.
-        self.launch = Launch(kernel, self._constants, gpu.device, enable_fp_fusion=True, **options)
+        self.launch = Launch(kernel, self._constants, gpu.device, **options)
 
     def _constants(self, key: Any) -> Constants:
         known = {**self._known, **self._extra(key[0])}
