@@ -8,32 +8,21 @@ from __future__ import annotations
 
 import datetime as dt
 import logging
-import math
-import statistics
-import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from hal import _bind, _devices, _selection
+from hal import _devices, _selection
 from hal._device import Device
 from hal._eligibility import Circumstances
 from hal._kernel import Band, Kernel
 from hal._ledger import identity
 from hal._measurements import Measurement, Measurements, request_key
+from hal._timing import REPEATS, Clock, Run, Times, check_repeats, in_turns, prepared
 from hal.errors import DeviceError
-from hal.testing._cases import Planned, make_timing_case
 from hal.testing._verify import circumstances, refusals, verify
 from hal_ops import Op, Request
 
-if TYPE_CHECKING:
-    import torch
-
 __all__ = ["tune"]
-
-REPEATS = 30
-WARM_UP = 3
-SAMPLE_SECONDS = 0.5e-3
-"""A sample repeats the call until it takes about this long, so that the clock's grain does not show."""
 
 log = logging.getLogger("hal")
 
@@ -49,7 +38,7 @@ def tune(
 
     Fields left open are decided as :func:`hal.select` decides them. A kernel that is not yet verified for this very
     request on this device is verified first; one that fails gets no time and is quarantined. Samples of all kernels are
-    taken in turns, so that a clock that drifts treats all alike. Reference kernels are left out where there are others,
+    taken in turns. Reference kernels are left out where there are others,
     and a phase with one kernel to choose from is not timed. Plans are not part of the time: they are made once a step.
 
     Args:
@@ -63,8 +52,7 @@ def tune(
         DeviceError: the device is simulated, unusable, or not known well enough for times to be kept.
         ValueError: fewer than 4 repeats.
     """
-    if repeats < 4:
-        raise ValueError(f"repeats={repeats}: quartiles take at least 4 samples")
+    check_repeats(repeats)
     around = circumstances(_devices.device(device))
     _check_identity(around.device)
     say = progress or _silent
@@ -113,77 +101,26 @@ def _right(kernel: Kernel, phase: str, request: Request, around: Circumstances, 
 def _measure(
     kernels: list[Kernel], op: Op, request: Request, device: Device, repeats: int, say: Callable[[str], None]
 ) -> list[Measurement]:
-    clock = _Clock(device.torch_device())
+    clock = Clock(device.torch_device())
     runs = {k: run for k in kernels if (run := _prepared(k, op, request, device, clock)) is not None}
-    samples: dict[Kernel, list[float]] = {k: [] for k in runs}
-    counts = {k: clock.calls_a_sample(run) for k, run in runs.items()}
-    for turn in range(repeats):
-        say(f"{', '.join(k.name for k in runs)}: sample {turn + 1}/{repeats}")
-        order = list(runs)
-        for kernel in order[turn % len(order) :] + order[: turn % len(order)]:
-            samples[kernel].append(clock.seconds(runs[kernel], counts[kernel]) / counts[kernel])
-    return [_measurement(k, device, request, taken) for k, taken in samples.items()]
+    return [_measurement(k, device, request, times) for k, times in in_turns(runs, clock, repeats, say).items()]
 
 
-def _prepared(kernel: Kernel, op: Op, request: Request, device: Device, clock: _Clock) -> Callable[[], Any] | None:
+def _prepared(kernel: Kernel, op: Op, request: Request, device: Device, clock: Clock) -> Run | None:
     """The call, warm; None for a kernel that cannot do the size that is timed."""
     try:
-        case = make_timing_case(op, request, kernel.phase, device.torch_device())
-        implementation = Planned(_bind.build(kernel, op, request, device))
-        for _ in range(WARM_UP):
-            case.call(implementation)
-        clock.wait()
+        return prepared(kernel, op, request, device, clock)
     except Exception as error:
         log.warning("kernel %s gets no time: it fails at the size that is timed: %s", kernel.name, error, exc_info=True)
         return None
-    return lambda: case.call(implementation)
 
 
-def _measurement(kernel: Kernel, device: Device, request: Request, seconds: list[float]) -> Measurement:
-    low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive")
+def _measurement(kernel: Kernel, device: Device, request: Request, times: Times) -> Measurement:
     return Measurement(
         kernel=kernel.name,
         key=identity(kernel, device),
         request=request_key(request),
-        microseconds=round(middle * 1e6, 3),
-        spread=round((high - low) * 1e6, 3),
+        microseconds=times.microseconds,
+        spread=times.spread,
         date=dt.date.today().isoformat(),
     )
-
-
-class _Clock:
-    """Times calls on a device: by its own events where it has them, else by the host's clock around a wait."""
-
-    def __init__(self, device: torch.device) -> None:
-        import torch
-
-        self._module = torch.get_device_module(device.type)
-        self._events = device.type != "cpu" and hasattr(self._module, "Event")
-
-    def wait(self) -> None:
-        """Until everything that was started is done."""
-        self._module.synchronize()
-
-    def seconds(self, run: Callable[[], Any], calls: int) -> float:
-        """How long some calls take, one after another."""
-        self.wait()
-        if not self._events:
-            start = time.perf_counter()
-            _repeat(run, calls)
-            self.wait()
-            return time.perf_counter() - start
-        first, last = (self._module.Event(enable_timing=True) for _ in range(2))
-        first.record()
-        _repeat(run, calls)
-        last.record()
-        self.wait()
-        return float(first.elapsed_time(last)) / 1e3
-
-    def calls_a_sample(self, run: Callable[[], Any]) -> int:
-        """How many calls take about :data:`SAMPLE_SECONDS`."""
-        return max(1, min(1000, math.ceil(SAMPLE_SECONDS / max(self.seconds(run, 1), 1e-7))))
-
-
-def _repeat(run: Callable[[], Any], calls: int) -> None:
-    for _ in range(calls):
-        run()

@@ -114,7 +114,7 @@ def test_samples_are_taken_in_turns(implementation: Make, fake_platform: Make, m
         order.append(id(run))
         return 1e-3
 
-    monkeypatch.setattr("hal._tune._Clock.seconds", seconds)
+    monkeypatch.setattr("hal._timing.Clock.seconds", seconds)
     measured = tune(REQUEST, repeats=6)
     first = list(dict.fromkeys(order))
     turns = [tuple(first.index(i) for i in order[3 + 3 * n : 6 + 3 * n]) for n in range(6)]
@@ -131,7 +131,7 @@ def test_medians_and_quartiles(implementation: Make, fake_platform: Make, monkey
         taken.append(next(ticks))
         return taken[-1]
 
-    monkeypatch.setattr("hal._tune._Clock.seconds", seconds)
+    monkeypatch.setattr("hal._timing.Clock.seconds", seconds)
     measured = tune(REQUEST, repeats=5)
     times = [10, 7, 20, 7, 30]
     assert len(taken) == 2 + 2 * 5

@@ -16,7 +16,7 @@ from hal.errors import HalError, NoKernelError, SettingError, did_you_mean
 
 __all__ = ["COMMANDS", "app"]
 
-COMMANDS = ("doctor", "devices", "kernels", "explain", "env", "verify", "tune", "lock", "diff", "version")
+COMMANDS = ("doctor", "devices", "kernels", "explain", "env", "verify", "bench", "tune", "lock", "diff", "version")
 """In the order of ``hal --help``; command ``x`` is ``command`` in module ``hal.cli._x``."""
 
 log = logging.getLogger("hal")

@@ -22,7 +22,7 @@ from hal.errors import HalError
 from hal.testing import corners
 from hal_ops import Request
 
-__all__ = ["decisions", "report", "select_model"]
+__all__ = ["decisions", "installed_libraries", "report", "select_model", "versions"]
 
 
 def report(device: Device, trouble: Sequence[str] = ()) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def report(device: Device, trouble: Sequence[str] = ()) -> dict[str, Any]:
     libraries = _or_problem(lambda: _libraries(around), [], problems)
     decided = [] if device.unusable else decisions(device, problems)
     return {
-        "versions": _versions(),
+        "versions": versions(),
         "plugins": [dataclasses.asdict(p) for p in _plugins.plugins()],
         "devices": [d.as_dict() for d in _devices.devices()],
         "evidence": evidence(_devices.probe_report()),
@@ -57,7 +57,8 @@ def _or_problem(ask: Callable[[], Any], otherwise: Any, problems: list[str]) -> 
         return otherwise
 
 
-def _versions() -> dict[str, Any]:
+def versions() -> dict[str, Any]:
+    """Versions of what every decision and time depends on: HAL, Python, the system, torch and its build, Triton."""
     build = dict(torch_build())
     return {
         "torch-hal": __version__,
@@ -67,6 +68,12 @@ def _versions() -> dict[str, Any]:
         "torch_build": {name: version for name, version in build.items() if name != "torch"},
         "triton": str(installed("triton") or "not installed"),
     }
+
+
+def installed_libraries() -> dict[str, str]:
+    """Version of each distribution that is installed and that some kernel may come from."""
+    names = {name for library in _plugins.registry().libraries.values() for name in library.names()}
+    return {name: str(version) for name in sorted(names) if (version := installed(name)) is not None}
 
 
 def _machine_problems() -> list[str]:

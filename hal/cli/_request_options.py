@@ -26,7 +26,8 @@ _NAMED = re.compile(r"(?:(?<=^)|(?<=[.;\s]))((?:`*\w+`*, )*`*\w+`*): ")
 class OpGroup(click.Group):
     """A command that takes an op first, and then that op's request: ``hal explain OP [options]``.
 
-    ``run(op, request, **own)`` is called with the values of the command's ``own`` options.
+    ``run(ctx, op, request, **own)`` is called with the values of the command's ``own`` options; ``alone(**own)`` with
+    those of ``alone_options`` where no op is named, if the command has a meaning then.
     """
 
     def __init__(
@@ -35,8 +36,18 @@ class OpGroup(click.Group):
         run: Callable[..., None],
         own: Sequence[Callable[[Any], Any]],
         help: str,  # noqa: A002
+        alone: Callable[..., Any] | None = None,
+        alone_options: Sequence[Callable[[Any], Any]] = (),
     ) -> None:
-        super().__init__(name, help=help, subcommand_metavar="OP [OPTIONS]", no_args_is_help=True)
+        super().__init__(
+            name,
+            help=help,
+            subcommand_metavar="OP [OPTIONS]" if alone is None else "[OP [OPTIONS]]",
+            no_args_is_help=alone is None,
+            invoke_without_command=alone is not None,
+            callback=_unless_op(alone),
+            params=[p for decorate in alone_options for p in click.command(decorate(lambda: None)).params],
+        )
         self.run = run
         self.own = own
 
@@ -58,9 +69,11 @@ class OpGroup(click.Group):
         return self._command(op)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Let the op stand behind options too: ``hal explain --json attention``."""
+        """Let the op stand behind options too: ``hal explain --json attention``. An option's value is no op."""
         if len(args) > 1 and args[0].startswith("-"):
-            at = next((i for i, text in enumerate(args) if text in self.list_commands(ctx)), 0)
+            valued = {flag for p in self.params if not (isinstance(p, click.Option) and p.is_flag) for flag in p.opts}
+            ops = self.list_commands(ctx)
+            at = next((i for i, text in enumerate(args) if text in ops and args[i - 1] not in valued), 0)
             args = [args[at], *args[:at], *args[at + 1 :]]
         return super().parse_args(ctx, args)
 
@@ -77,6 +90,18 @@ class OpGroup(click.Group):
         taken = {flag for p in made.params for flag in p.opts}
         made.params = [*request_options(op, taken), *made.params]
         return made
+
+
+def _unless_op(alone: Callable[..., Any] | None) -> Callable[..., Any] | None:
+    """What a group calls: ``alone``, and nothing where an op is named, whose command comes then."""
+    if alone is None:
+        return None
+
+    @click.pass_context
+    def call(ctx: click.Context, /, **params: Any) -> Any:
+        return None if ctx.invoked_subcommand else alone(**params)
+
+    return call
 
 
 def request_options(op: Op, taken: set[str]) -> list[click.Option]:

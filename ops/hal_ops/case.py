@@ -32,3 +32,15 @@ class Case(ABC):
     @abstractmethod
     def check(self, implementation: Callable[..., Any]) -> tuple[Comparison, ...]:
         """Calls the implementation and judges each of its outputs."""
+
+    def flop(self) -> float | None:
+        """Operations of the call, two a multiplication with its sum; None where nobody counts them."""
+        return None
+
+    def num_bytes(self) -> float | None:
+        """Bytes that the call must read and write; None where nobody counts them."""
+        return None
+
+    def size(self) -> str:
+        """How much it is, in words."""
+        return self.label

@@ -21,7 +21,7 @@ from hal_ops.attention.contract import Step
 from hal_ops.attention.op import ATTENTION
 from hal_ops.attention.paged_inputs import block_tables, build_cache, make_step, scales, slots_of
 from hal_ops.attention.request import AttentionRequest
-from hal_ops.case import Case
+from hal_ops.attention.work import CountedCase
 from hal_ops.compare import Comparison, compare, compare_lse
 
 __all__ = ["AttentionCase", "hard_lengths", "indicator_case", "make_case", "visible_keys"]
@@ -33,7 +33,7 @@ LARGE_LOGIT = 12.0
 
 
 @dataclasses.dataclass(frozen=True)
-class AttentionCase(Case):
+class AttentionCase(CountedCase):
     """Inputs of one call. ``args`` and ``kwargs`` are what an implementation gets, but for a paged one's payload.
 
     ``lengths`` are (q_len, kv_len) a sequence; ``oracle`` is the device that :meth:`expected` computes on.
