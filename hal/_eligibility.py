@@ -114,8 +114,17 @@ def _hardware(kernel: Kernel, around: Circumstances) -> Iterator[Reason]:
     yield from _arch(kernel, around)
     yield from _version(kernel, "runtime", _runtime_name(around), kernel.runtime, device.runtime)
     yield from _version(kernel, "driver", "driver", kernel.driver, device.driver)
-    for name in sorted(kernel.capabilities - device.capabilities):
-        yield Reason("capability_missing", f"{device.arch.name} has no {name}", "device", device.arch.name, name)
+    yield from _capabilities(kernel, device)
+
+
+def _capabilities(kernel: Kernel, device: Device) -> Iterator[Reason]:
+    lacking, arch = sorted(kernel.capabilities - device.capabilities), device.arch.name
+    if lacking and not device.capabilities:
+        text = f"what {arch} can do is not known; this needs {' and '.join(lacking)}"
+        yield Reason("capability_missing", text, "device", arch, " and ".join(lacking))
+        return
+    for name in lacking:
+        yield Reason("capability_missing", f"{arch} has no {name}", "device", arch, name)
 
 
 def _runtime_name(around: Circumstances) -> str:

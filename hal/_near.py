@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["NearMiss", "near_misses"]
 
-_INSTALL = ("not_installed", "version_too_old", "version_too_new")
+_INSTALL = ("not_installed", "version_too_old", "version_too_new", "runtime_too_old", "driver_too_old")
 _SETTING = ("disabled_by_env", "not_forced", "not_strict", "unverified", "quarantined")
 
 
@@ -22,8 +22,8 @@ _SETTING = ("disabled_by_env", "not_forced", "not_strict", "unverified", "quaran
 class NearMiss:
     """A change and the kernels that it would admit.
 
-    ``changes`` are (field, value) pairs; ``install`` are the remedies for libraries; ``first`` is whether the best of
-    the kernels would then be chosen.
+    ``changes`` are (field, value) pairs; ``install`` says what to install or renew: libraries, runtime, driver;
+    ``first`` is whether the best of the kernels would then be chosen.
     """
 
     kernels: tuple[str, ...]
@@ -74,7 +74,7 @@ def _smallest_change(
     kernel: Kernel, reasons: tuple[Reason, ...], request: Request, around: Circumstances
 ) -> tuple[tuple[tuple[str, Any], ...], tuple[str, ...]] | None:
     rules = request.rules()
-    install = tuple(r.remedy for r in reasons if r.code in _INSTALL)
+    install = tuple(dict.fromkeys(_renewal(r, around) for r in reasons if r.code in _INSTALL))
     if any(r.code in _SETTING or (r.field not in rules and r.code not in _INSTALL) for r in reasons):
         return None
     changed = _fitted(kernel, request, around)
@@ -87,6 +87,14 @@ def _smallest_change(
         if rules[f].required or not changed.is_neutral(f) or not request.is_neutral(f)
     )
     return (changes, install) if changes or install else None
+
+
+def _renewal(reason: Reason, around: Circumstances) -> str:
+    """The remedy for what is installed; for a runtime or driver that is too old, the version that will do."""
+    if reason.remedy or reason.field not in ("runtime", "driver"):
+        return reason.remedy
+    name = around.registry.platforms[around.device.platform].runtime_name if reason.field == "runtime" else "driver"
+    return f"with {name} {reason.allowed}"
 
 
 def _fitted(kernel: Kernel, request: Request, around: Circumstances) -> Request | None:

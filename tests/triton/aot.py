@@ -1,7 +1,8 @@
 """Ahead-of-time compilation of Triton kernels for GPUs that are not here, and what the compilers say of the result.
 
 ``python tests/triton/aot.py`` compiles every variant of every kernel for every target and writes
-``docs/_data/triton_aot.json``; ``--only TEXT`` keeps the rows of all others. Variants come from the files
+``docs/_data/triton_aot.json``; ``--stale`` compiles only what has changed, ``--only TEXT`` keeps the rows of all others.
+``tools/triton_doc.py`` makes ``docs/triton-resources.md`` of it. Variants come from the files
 ``variants_*.py`` beside this one: each has a function ``variants()`` that yields :class:`Variant`.
 
 A row says: registers a thread, bytes of stack a thread (spilled registers live there), bytes of shared memory a block
@@ -233,6 +234,7 @@ def _row(task: tuple[Variant, str]) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="compile variants whose name contains this; keep other rows")
+    parser.add_argument("--stale", action="store_true", help="compile only variants that the table has not as they are")
     parser.add_argument("--target", action="append", help="only this target; may be repeated")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--dry", action="store_true", help="print, and leave the table as it is")
@@ -243,7 +245,11 @@ def main() -> int:
         for target in variant.targets
         if given.only in variant.name and target in (given.target or variant.targets)
     ]
-    kept = [] if given.dry or not TABLE.exists() else _still_true(json.loads(TABLE.read_text()), tasks)
+    known = [] if given.dry or not TABLE.exists() else json.loads(TABLE.read_text())
+    if given.stale:
+        have = {(r["kernel"], r["label"], r["target"], r["digest"]) for r in known}
+        tasks = [(v, target) for v, target in tasks if (v.kernel, v.label, target, v.digest()) not in have]
+    kept = _still_true(known, tasks)
     with concurrent.futures.ProcessPoolExecutor(given.jobs) as pool:
         rows = [_shown(row) for row in pool.map(_row, tasks)]
     if not given.dry:

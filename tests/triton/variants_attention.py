@@ -9,13 +9,11 @@ from hal_triton_tests_aot import TARGETS, Variant, resolve
 
 from hal_ops.attention import AttentionRequest
 from hal_ops.attention._triton_configs import (
-    DEFAULT,
     HOPPER_EXTEND,
     HOPPER_PREFILL,
-    TABLE,
-    WIDE,
     Config,
     Hopper,
+    configs_of,
 )
 from hal_ops.attention._triton_features import Features, cut, pack_heads
 
@@ -25,15 +23,17 @@ HOPPER_KERNELS = {
     "prefill": "hal_ops.attention.triton_hopper:hopper_prefill",
     "extend": "hal_ops.attention.triton_hopper:hopper_extend",
 }
-TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float8_e5m2": "fp8e5", "float8_e4m3fn": "fp8e4nv"}
+FP8 = {"float8_e4m3fn": "fp8e4nv", "float8_e4m3fnuz": "fp8e4b8", "float8_e5m2": "fp8e5", "float8_e5m2fnuz": "fp8e5b16"}
+TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", **FP8}
 
 
 def variants() -> Iterator[Variant]:
-    for arch in TARGETS:
-        for config in TABLE.get(arch, DEFAULT):
+    for arch, target in TARGETS.items():
+        for config in configs_of(arch):
             yield from _portable(config, (config.dim, config.dim), "bfloat16", arch)
-            yield _extend(config, (config.dim, config.dim), "bfloat16", arch, kv_dtype="float8_e5m2")
-        for config in WIDE:
+            for kv_dtype in (name for name, short in FP8.items() if short in target.formats):
+                yield _extend(config, (config.dim, config.dim), "bfloat16", arch, kv_dtype=kv_dtype)
+        for config in configs_of(arch, wide=True):
             yield from _portable(config, (config.dim, config.dim), "float32", arch)
     for config in HOPPER_PREFILL:
         yield _hopper("prefill", config, "bfloat16", 16)
@@ -106,7 +106,15 @@ def _variant(
     aligned = tuple(
         n for n in signature if n in ("q", "k", "v", "out") or (n.endswith("stride") and n != "table_stride")
     )
-    return Variant(kernel, label, signature, {n: known[n] for n in names if n in known}, aligned, options, targets)
+    constants = {n: known[n] for n in names if n in known}
+    return Variant(kernel, label, signature, constants, aligned, options, targets, _must_fit(request, targets))
+
+
+def _must_fit(request: AttentionRequest, targets: tuple[str, ...]) -> bool:
+    """Not to spill is asked of all but heads of 256 on gfx11, and in float32 on RDNA: 256 registers are too few."""
+    (arch,) = targets
+    spills = arch.startswith("gfx11") or (arch.startswith("gfx12") and request.dtype == "float32")
+    return not (spills and request.head_dim > 128)
 
 
 def _type(name: str, config: Config | Hopper, request: AttentionRequest, constants: dict[str, Any]) -> str:

@@ -1,8 +1,12 @@
 """Tile sizes of the Triton prefill and extend kernels, as data. Nothing is tuned at run time.
 
 Those of sm_90 are the fastest of a sweep on an H200 (``benchmarks/attention.py --sweep``); those of other archs follow
-from their shared memory, registers and matrix instructions, and are compiled ahead of time for each. An unknown arch
-gets the smallest, which fits 64 KiB of shared memory.
+from their shared memory, registers and matrix instructions, and are compiled ahead of time for each
+(``docs/triton-resources.md``). An unknown arch gets the smallest, which fits 64 KiB of shared memory.
+
+AMD: waves are 64 threads on CDNA and 32 on RDNA, so 8 warps there are 4 here. A thread has 512 registers on CDNA, 256
+on RDNA, and the matrix instructions of gfx11 want their operands twice, in both halves of a wave ("RDNA3 Instruction
+Set Architecture", WMMA): its tiles are the smallest, and with heads of 256 it spills whatever they are.
 
 A row serves the archs that it stands under, no others: that of gfx942 for heads of 128, compiled for sm_90 by Triton 3.6
 with its own ptxas (12.8.93), gave wrong values and illegal reads at head dim 80, and right ones with the ptxas of CUDA 13.0
@@ -12,12 +16,24 @@ with its own ptxas (12.8.93), gave wrong values and illegal reads at head dim 80
 from __future__ import annotations
 
 import dataclasses
+from fnmatch import fnmatchcase
 
 from hal_ops._dtypes import is_fp8
 from hal_ops.attention._triton_features import cut
 from hal_ops.attention.request import AttentionRequest
 
-__all__ = ["Config", "DEFAULT", "HOPPER_EXTEND", "HOPPER_PREFILL", "Hopper", "TABLE", "WIDE", "config_of", "hopper_of"]
+__all__ = [
+    "Config",
+    "DEFAULT",
+    "HOPPER_EXTEND",
+    "HOPPER_PREFILL",
+    "Hopper",
+    "TABLE",
+    "WIDE",
+    "config_of",
+    "configs_of",
+    "hopper_of",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +69,10 @@ class Hopper:
 _ROOMY = (Config(64, 128, 64, 4, 3), Config(128, 128, 128, 8, 3), Config(256, 128, 64, 8, 2))
 _MIDDLE = (Config(64, 128, 64, 4, 3), Config(128, 128, 64, 8, 2), Config(256, 128, 32, 8, 2))
 _TIGHT = (Config(64, 128, 64, 4, 2), Config(128, 128, 32, 8, 2), Config(256, 64, 32, 4, 2))
-_SMALL = (Config(128, 128, 64, 4, 1), Config(256, 64, 32, 4, 1))
+_CDNA = (Config(128, 128, 64, 4, 1), Config(256, 64, 32, 4, 1))
+_CDNA4 = (Config(64, 128, 64, 4, 3), Config(128, 128, 64, 4, 2), Config(256, 64, 32, 8, 2))
+_RDNA3 = (Config(64, 128, 32, 8, 1), Config(128, 64, 16, 8, 1), Config(256, 32, 16, 16, 1))
+_RDNA4 = (Config(64, 128, 32, 8, 1), Config(128, 128, 32, 8, 1), Config(256, 64, 32, 8, 1))
 
 TABLE: dict[str, tuple[Config, ...]] = {
     "sm_80": _MIDDLE,
@@ -64,14 +83,18 @@ TABLE: dict[str, tuple[Config, ...]] = {
     "sm_103": _ROOMY,
     "sm_120": _TIGHT,
     "sm_121": _TIGHT,
-    "gfx90a": _SMALL,
-    "gfx942": _SMALL,
-    "gfx950": _MIDDLE,
+    "gfx90a": _CDNA,
+    "gfx942": _CDNA,
+    "gfx950": _CDNA4,
+    "gfx11*": _RDNA3,
+    "gfx120*": _RDNA4,
 }
-"""16-bit formats, by arch, in order of ``dim``."""
+"""16-bit formats, by arch (a shell pattern), in order of ``dim``."""
 DEFAULT = (Config(128, 64, 32, 4, 1), Config(256, 32, 32, 4, 1))
 WIDE = (Config(64, 64, 32, 4, 1), Config(128, 32, 32, 4, 1), Config(256, 32, 16, 4, 1))
-"""float32, on every arch: its products are not made by matrix units."""
+"""float32, but on RDNA: its products are not made by matrix units."""
+WIDE_RDNA = (Config(64, 32, 16, 8, 1), Config(128, 16, 16, 16, 1), Config(256, 32, 16, 16, 1))
+"""The same for 256 registers a thread; heads of 256 spill whatever the tile is."""
 HOPPER_PREFILL = (
     Hopper(64, 64, 128, 3, 32),
     Hopper(128, 128, 128, 2, 88),
@@ -82,6 +105,13 @@ HOPPER_EXTEND = (Hopper(128, 128, 128, 2, 88), Hopper(192, 128, 128, 2, 88), Hop
 """Of two parts alone, so that the kernel for every arch can serve a plan too."""
 
 
+def configs_of(arch: str, *, wide: bool = False) -> tuple[Config, ...]:
+    """The configurations of an arch in order of ``dim``, for 16-bit formats or (``wide``) for float32."""
+    if wide:
+        return WIDE_RDNA if fnmatchcase(arch, "gfx1[12]*") else WIDE
+    return next((table for pattern, table in TABLE.items() if fnmatchcase(arch, pattern)), DEFAULT)
+
+
 def config_of(arch: str, request: AttentionRequest) -> Config:
     """The configuration for a request.
 
@@ -89,7 +119,7 @@ def config_of(arch: str, request: AttentionRequest) -> Config:
         ValueError: the heads are too long for these kernels.
     """
     dim = max(request.head_dim, request.v_head_dim)
-    for config in WIDE if request.dtype == "float32" else TABLE.get(arch, DEFAULT):
+    for config in configs_of(arch, wide=request.dtype == "float32"):
         if dim <= config.dim:
             return config
     raise ValueError(f"head_dim {dim}: these kernels take at most 256")

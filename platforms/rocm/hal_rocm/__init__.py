@@ -55,7 +55,7 @@ class RocmPlatform(Platform):
         return parse_arch(text)
 
     def capabilities(self, arch: Arch) -> frozenset[str]:
-        """What devices of ``arch`` can do. Empty for one that is not known."""
+        """What devices of ``arch`` can do. Of one that is not known: that Triton may be tried."""
         from hal_rocm._capabilities import capabilities
 
         return capabilities(arch)

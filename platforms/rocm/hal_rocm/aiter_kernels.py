@@ -112,7 +112,7 @@ _COMMON: Mapping[str, Constraint] = {
     "deterministic": OneOf(False, True),
 }
 _CACHE: Mapping[str, Constraint] = {
-    "kv_dtype": Pairs("dtype", ("bfloat16", "bfloat16"), ("float16", "float16")),
+    "kv_dtype": SameAs("dtype"),
     "page_size": Range(1, None, (16, 48)),
     "kv_layout": OneOf("NHD"),
 }
@@ -152,7 +152,6 @@ def _kernel(
         priority=priority,
         platforms={"rocm": Archs(only=AITER_ARCHS)},
         needs=(Needs("torch", ">=2.6", install="install a ROCm build of torch"), needs or needs_aiter()),
-        capabilities=frozenset({"bf16", "mfma"}),
         fields={**_COMMON, **own},
         check=_prefill if phase == "prefill" else _paged,
         copies=copies,
@@ -161,8 +160,8 @@ def _kernel(
     )
 
 
-_ALIKE = "dense q, k or v whose sequences do not follow each other in memory, with a soft cap"
-_HEADS = "q, where its heads do not follow each other in memory"
+_ALIKE = "dense q, k, v that are not contiguous, if there is a softcap"
+_HEADS = "q, where its heads are not contiguous"
 
 KERNELS = (
     _kernel("prefill", Band.SPECIALIZED + 20, _PREFILL, "CK and assembly", _ALIKE),

@@ -79,7 +79,6 @@ def _kernel(phase: str) -> Kernel:
             needs_aiter(">=0.1.12"),
             Needs("triton", ">=3.2", ("triton", "pytorch-triton-rocm", "triton-rocm")),
         ),
-        capabilities=frozenset({"bf16", "triton"}),
         fields=_FIELDS,
         check=_own_formats,
         evidence={"*": "emulated"},

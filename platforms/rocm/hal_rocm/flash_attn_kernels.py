@@ -30,7 +30,6 @@ from hal import (
     MultipleOf,
     Needs,
     OneOf,
-    Pairs,
     Range,
     Reason,
     SameAs,
@@ -85,7 +84,7 @@ _CK: Mapping[str, Constraint] = {
     "return_lse": OneOf(False, True),
 }
 _CACHE: Mapping[str, Constraint] = {
-    "kv_dtype": Pairs("dtype", ("bfloat16", "bfloat16"), ("float16", "float16")),
+    "kv_dtype": SameAs("dtype"),
     "page_size": MultipleOf(128),
     "kv_layout": OneOf("NHD"),
     "max_q_len": Range(1, None, (4,)),
@@ -106,7 +105,6 @@ def _kernel(
         priority=priority,
         platforms={"rocm": Archs(only=archs)},
         needs=_NEEDS,
-        capabilities=frozenset({"bf16"}),
         fields=fields,
         check=check,
         evidence={"*": "emulated"},

@@ -59,16 +59,15 @@ def _kernel(name: str, priority: int, fields: Mapping[str, Constraint], copies: 
         priority=priority,
         platforms={"rocm": Archs(only=("gfx90a", "gfx942", "gfx950"))},
         needs=(Needs("torch", ">=2.8", install="install a ROCm build of torch"),),
-        capabilities=frozenset({"bf16"}),
         fields=fields,
         check=_backward,
         copies=copies,
         evidence={"*": "emulated"},
-        note="ragged calls wait for the device, but for those whose queries and keys have one array of lengths",
+        note="a ragged call waits for the device, unless cu_seqlens_q is cu_seqlens_k",
     )
 
 
-_PADDED = "q of causal calls with fewer queries than keys, padded in front"
+_PADDED = "q, where a causal call has fewer queries than keys"
 
 KERNELS = (
     _kernel("sdpa_aotriton_flash", Band.PERFORMANT + 5, _fields("bfloat16", "float16"), _PADDED),
@@ -76,6 +75,6 @@ KERNELS = (
         "sdpa_aotriton_efficient",
         Band.PORTABLE + 5,
         _fields("float32", "bfloat16", "float16"),
-        f"k and v to as many heads as q; {_PADDED}",
+        f"k and v, to as many heads as q; {_PADDED}",
     ),
 )
