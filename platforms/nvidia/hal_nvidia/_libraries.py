@@ -21,7 +21,7 @@ LIBRARIES = (
     Library(
         "flash-attn-3",
         ("flash-attn-3", "tokenspeed-fa3"),
-        module="flash_attn_interface",
+        module="flash_attn_3._C",
         install="build hopper/ of github.com/Dao-AILab/flash-attention, or pip install tokenspeed-fa3",
     ),
     Library(

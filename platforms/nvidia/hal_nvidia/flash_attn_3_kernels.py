@@ -12,6 +12,9 @@ Read from upstream's ``hopper/`` at 203b9b3d (2025-08-29), 701ebe05 and 0251105a
 * pages that its TMA path reads whole (``get_pagedkv_tma``: a multiple of the key tile, and more queries than one tile
   holds) let NaN in unused slots through (flash-attention#1745): those page sizes are not declared.
 * sinks only in tokenspeed-fa3, as bfloat16. No ALiBi.
+* A distribution called ``flash_attn_3`` with a module ``flash_attn_interface`` is also MATE's wrapper for MUSA
+  (github.com/MooreThreads/mate at 9ac89cf, ``wrappers/flash-attention``): Python alone. The extension
+  ``flash_attn_3._C`` (``hopper/setup.py``, ``ext_modules``; in the wheel of tokenspeed-fa3 too) proves the right one.
 
 Band: on 9.0 the fastest for long prompts (H100: 740 TFLOP/s forward in 16 bits, says the FlashAttention-3 paper):
 specialized. Measured here on an H200 (``benchmarks/results``): prefill and extend a tenth faster than the portable
@@ -204,6 +207,7 @@ def _kernel(phase: str, check: object, more: Mapping[str, Constraint], copies: s
                 "flash-attn-3",
                 distributions=DISTRIBUTIONS,
                 install="`pip install tokenspeed-fa3` (for sm_90), or build hopper/ of github.com/Dao-AILab/flash-attention",
+                module="flash_attn_3._C",
             ),
         ),
         runtime=">=12.3",

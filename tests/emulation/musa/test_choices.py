@@ -5,8 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import emulated.library
@@ -30,25 +29,6 @@ Install = Callable[..., None]
 def reasons(request: Any, phase: str, name: str, **options: Any) -> tuple[hal.Reason, ...]:
     candidates = hal.select(request, **options).choices[phase].candidates
     return next(c.reasons for c in candidates if c.kernel.name == name)
-
-
-@pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
-    """Install a distribution of a name and version, with these files."""
-    monkeypatch.syspath_prepend(str(tmp_path))
-
-    def put(name: str, version: str, *files: str) -> None:
-        info = tmp_path / f"{name}-{version}.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-        for file in files:
-            path = tmp_path / file
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("raise AssertionError('imported to be considered')\n")
-        hal.reset()
-
-    yield put
-    hal.reset()
 
 
 @pytest.mark.parametrize("version", ["0.2.0", "0.2.2", "3.1"])

@@ -6,7 +6,6 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import emulated.aiter
@@ -38,25 +37,6 @@ Install = Callable[..., None]
 def reasons(request: Any, phase: str, name: str, **options: Any) -> tuple[hal.Reason, ...]:
     candidates = hal.select(request, **options).choices[phase].candidates
     return next(c.reasons for c in candidates if c.kernel.name == name)
-
-
-@pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
-    """Install a distribution of a name and version, with these files."""
-    monkeypatch.syspath_prepend(str(tmp_path))
-
-    def put(name: str, version: str, *files: str) -> None:
-        info = tmp_path / f"{name}-{version}.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-        for file in files:
-            path = tmp_path / file
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("raise AssertionError('imported to be considered')\n")
-        hal.reset()
-
-    yield put
-    hal.reset()
 
 
 def test_another_project_called_aiter_is_not_taken_for_it(install: Install) -> None:
