@@ -59,7 +59,8 @@ def num_bytes(request: AttentionRequest, phase: str, lengths: Lengths) -> float:
     queries = sum(q for q, _ in lengths)
     keys = sum(_pairs(q, kv, limits)[1] for q, kv in lengths)
     dims = float(request.head_dim + request.v_head_dim)
-    return dims * (own * queries * request.num_q_heads + item * keys * request.num_kv_heads)
+    total: float = dims * (own * queries * request.num_q_heads + item * keys * request.num_kv_heads)
+    return total
 
 
 def _pairs(q_len: int, kv_len: int, limits: Window) -> tuple[int, int]:
