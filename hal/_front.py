@@ -9,7 +9,6 @@ from typing import Any
 from hal import _devices, _plugins, _selection, _settings
 from hal._attention import Attention, check_needs_cache
 from hal._bind import bind
-from hal._compile import traceable
 from hal._device import Device
 from hal._handle_key import forget_states, key_of
 from hal._selection import Selection
@@ -220,10 +219,16 @@ def get_op(
     request = _request(op.request, name, fields)
     selection, made = bind(lambda: _selection.select(request, device=device, kernel=kernel))
     _keep_receipt(selection)
-    handle = BoundOp(selection, traceable(selection, made["call"]) if compile else made["call"])
+    handle = BoundOp(selection, _traceable(selection, made["call"]) if compile else made["call"])
     if key is not None:
         _remember(key, handle)
     return handle
+
+
+def _traceable(selection: Selection, fn: Any) -> Any:
+    from hal._compile import traceable
+
+    return traceable(selection, fn)
 
 
 def _request(cls: type[Request], name: str, fields: Mapping[str, Any]) -> Request:

@@ -365,6 +365,32 @@ def test_why_not_is_empty_exactly_for_what_can_be_chosen(fake_platform: Any, lib
             assert (candidate.status == "refused") == bool(no)
 
 
+def test_kernels_of_other_vendors_are_judged_as_of_the_decision(fake_platform: Any, library: Any) -> None:
+    # requirement P25, P26
+    needing = library("theirs", platforms={"elsewhere": hal.Archs()}, needs=(hal.Needs("their-library", "<2"),))
+    fake_platform(kernels=[*library("lib"), *needing])
+    with hal.simulate(libraries={"torch": "2.9.0", "their-library": "3.0"}):
+        selection, again = hal.select(request()), hal.select(request())
+        texts = [r.text for r in reasons(again, "theirs.decode")]
+    assert "candidates" not in vars(selection.choices["decode"])
+    assert [r.text for r in reasons(selection, "theirs.decode")] == texts
+    assert texts[:2] == ["for elsewhere only; this is fake", "needs their-library <2; 3.0 is installed"]
+    assert selection.receipt() == again.receipt()
+    assert selection.choices == again.choices
+
+
+def test_a_kernel_of_another_vendor_that_is_forced_is_refused_with_all_reasons(
+    fake_platform: Any, library: Any
+) -> None:
+    # requirement P25
+    theirs = library("theirs", platforms={"elsewhere": hal.Archs()}, needs=(hal.Needs("their-library"),))
+    fake_platform(kernels=[*library("lib"), *theirs])
+    with pytest.raises(NoKernelError) as caught:
+        require(hal.select(request(), kernel="theirs"))
+    for part in ("cannot be obeyed", "for elsewhere only; this is fake", "their-library is not installed"):
+        assert part in str(caught.value)
+
+
 def test_an_unknown_platform_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:  # requirement P4
     monkeypatch.setenv("HAL_PLATFORM", "cpuu")
     with pytest.raises(SettingError, match="Did you mean 'cpu'"):

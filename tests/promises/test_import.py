@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 Fresh = Callable[..., Any]
 
 USE = """
@@ -140,3 +142,37 @@ def test_nothing_is_written_by_looking(fresh: Fresh, tmp_path: Path) -> None:
     places = {name: str(tmp_path / name) for name in ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME")}
     fresh(USE, variables=places)
     assert [path for path in tmp_path.rglob("*") if "__pycache__" not in path.parts] == []
+
+
+LATER = ("packaging.specifiers", "packaging.requirements", "hal._compile", "hal._explain", "hal._lock", "hal._near",
+         "hal._measurements", "hal.testing", "hal.cli")  # fmt: skip
+ONLY_WITH_DEVICES = (
+    "_capabilities",
+    "_devices",
+    "_driver",
+    "_mtml",
+    "_names",
+    "_nvml",
+    "_order",
+    "_products",
+    "_visible",
+)
+
+
+def test_the_first_handle_imports_nothing_that_only_others_need(fresh: Fresh) -> None:
+    # requirement X8
+    pytest.importorskip("torch")
+    platforms, early, vendors, text = fresh(
+        """
+        import hal
+        handle = hal.get_attention(num_q_heads=8, num_kv_heads=2, head_dim=64, dtype="float32", device="cpu")
+        loaded = list(sys.modules)
+        platforms = {d.platform for d in hal.devices()}
+        vendors = [name.partition(".") for name in loaded if name.startswith("hal_") and not name.startswith("hal_ops")]
+        answer([sorted(platforms), loaded, [[top, module] for top, _, module in vendors], handle.explain()])
+        """
+    )
+    assert [name for name in LATER if name in early] == []
+    absent = [f"{top}.{module}" for top, module in vendors if top.removeprefix("hal_") not in platforms]
+    assert [name for name in absent if name.rpartition(".")[2] in ONLY_WITH_DEVICES] == []
+    assert "prefill" in text
