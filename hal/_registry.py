@@ -124,7 +124,7 @@ class Registry:
             raise RegistrationError(
                 f"kernel {kernel.name!r} of {source} is registered by {other} already", name=kernel.name
             )
-        if source.ours and Band.PLUGIN in map(Band.of, (kernel.priority, *kernel.priorities.values())):
+        if Band.PLUGIN in map(Band.of, (kernel.priority, *kernel.priorities.values())) and source.ours:
             raise RegistrationError(
                 f"kernel {kernel.name!r}: the PLUGIN band is for others' distributions", name=kernel.name
             )

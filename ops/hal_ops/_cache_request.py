@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from hal_ops._checks import flag, one_of, positive
 from hal_ops._dtypes import dtype_name
+from hal_ops._record import record
 from hal_ops._request import Request, feature, required
 
 __all__ = ["PagesRequest"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@record(frozen=True, kw_only=True)
 class PagesRequest(Request):
     """The cache of one layer, and the properties of the call.
 

@@ -162,17 +162,22 @@ ONLY_WITH_DEVICES = (
 def test_the_first_handle_imports_nothing_that_only_others_need(fresh: Fresh) -> None:
     # requirement X8
     pytest.importorskip("torch")
-    platforms, early, vendors, text = fresh(
+    platforms, early, vendors, costly, text = fresh(
         """
         import hal
+        def frozen(value):
+            return isinstance(value, type) and getattr(vars(value).get("__dataclass_params__"), "frozen", False)
         handle = hal.get_attention(num_q_heads=8, num_kv_heads=2, head_dim=64, dtype="float32", device="cpu")
         loaded = list(sys.modules)
         platforms = {d.platform for d in hal.devices()}
         vendors = [name.partition(".") for name in loaded if name.startswith("hal_") and not name.startswith("hal_ops")]
-        answer([sorted(platforms), loaded, [[top, module] for top, _, module in vendors], handle.explain()])
+        classes = {v for n in loaded if n.startswith("hal") for v in vars(sys.modules[n]).values() if frozen(v)}
+        costly = sorted(c.__qualname__ for c in classes if "__record__" not in vars(c))
+        answer([sorted(platforms), loaded, [[top, module] for top, _, module in vendors], costly, handle.explain()])
         """
     )
     assert [name for name in LATER if name in early] == []
     absent = [f"{top}.{module}" for top, module in vendors if top.removeprefix("hal_") not in platforms]
     assert [name for name in absent if name.rpartition(".")[2] in ONLY_WITH_DEVICES] == []
+    assert costly == []  # hal_ops.record is what costs little
     assert "prefill" in text

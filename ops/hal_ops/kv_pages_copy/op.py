@@ -9,17 +9,17 @@ read many times; one that is written may not be read or written by another pair.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import ClassVar
 
 from hal_ops._cache_request import PagesRequest
 from hal_ops._op import Op
+from hal_ops._record import record
 from hal_ops._traced import Traced
 
 __all__ = ["KV_PAGES_COPY", "KvPagesCopyRequest"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@record(frozen=True, kw_only=True)
 class KvPagesCopyRequest(PagesRequest):
     """What a caller needs from the copy of pages; see :class:`hal_ops._cache_request.PagesRequest`."""
 

@@ -16,13 +16,13 @@ one element or ``[num_kv_heads]``.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import ClassVar
 
 from hal_ops._cache_request import PagesRequest
 from hal_ops._checks import one_of
 from hal_ops._dtypes import is_fp8
 from hal_ops._op import Op
+from hal_ops._record import record
 from hal_ops._request import feature, required
 from hal_ops._row_request import float_format
 from hal_ops._traced import Traced
@@ -30,7 +30,7 @@ from hal_ops._traced import Traced
 __all__ = ["KV_PAGES_GATHER", "KvPagesGatherRequest"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@record(frozen=True, kw_only=True)
 class KvPagesGatherRequest(PagesRequest):
     """What a caller needs from the gather of rows; see :class:`hal_ops._cache_request.PagesRequest` too.
 

@@ -18,12 +18,12 @@ stay as they are.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, ClassVar
 
 from hal_ops._checks import flag, one_of, positive
 from hal_ops._dtypes import dtype_name, is_fp8
 from hal_ops._op import Op
+from hal_ops._record import record
 from hal_ops._request import Request, feature, required
 from hal_ops._row_request import float_format
 from hal_ops._traced import Traced
@@ -57,7 +57,7 @@ _ROTARY = (
 )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@record(frozen=True, kw_only=True)
 class RotaryKvCacheWriteRequest(Request):
     """What a caller needs from the rotary embedding with the cache write.
 
