@@ -9,11 +9,12 @@ from hal import _inputs, _kv_cache, _same
 from hal._device import Device
 from hal._kernel import Band
 from hal._kv_cache import KVCache
-from hal._plan import Buffers, Plan, make_step
+from hal._plan import Plan
+from hal._planner import Planner
 from hal._selection import Selection
 from hal.errors import InputError
 from hal_ops import is_fp8, torch_dtype
-from hal_ops.attention import AttentionRequest, Step
+from hal_ops.attention import AttentionRequest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Attention"]
 
 
-class Attention:
+class Attention(Planner):
     """Attention for one request on one device. Made by :func:`hal.get_attention`; holds bound functions only.
 
     ``request`` is the decided request, ``device`` the device, ``selection`` the decision with every reason.
@@ -48,6 +49,7 @@ class Attention:
         self._prefill = implementations.get("prefill")
         self._write = write
         self._debug_checks = debug_checks
+        self._max_q_len = self.request.max_q_len
         self._torch_device = selection.device.torch_device()
         self._dtype = torch_dtype(self.request.dtype)
         self._same: _same.Same = _same.never
@@ -152,42 +154,6 @@ class Attention:
         self._write(k, v, cache.k, cache.v, slots, k_scale=cache.k_scale, v_scale=cache.v_scale)
         return out
 
-    def plan(
-        self,
-        *,
-        q_lens: Any,
-        kv_lens: Any,
-        block_table: Any,
-        max_batch: int | None = None,
-        max_tokens: int | None = None,
-        max_pages: int | None = None,
-    ) -> Plan:
-        """The plan of one step, for every layer that uses this handle.
-
-        Args:
-            q_lens: query tokens a row in this step. kv_lens: tokens a row in the cache after the step.
-            block_table: page indices, ``[batch, max_pages]``; entries past a row's last page may hold anything.
-                Each may be a sequence, a host tensor or a device tensor; with host lengths nothing synchronises.
-            max_batch, max_tokens, max_pages: make a plan of this size whose buffers stay (``plan.update(...)``).
-                ``max_tokens`` defaults to ``max_batch * max_q_len``, ``max_pages`` to the table's width.
-
-        Raises:
-            InputError: lengths that disagree, a table too small, or a step that none of the handle's phases serves.
-        """
-        step = make_step(q_lens, kv_lens, block_table, self._page_size(), self._torch_device)
-        phase, write = self._route(step)
-        buffers = None
-        if max_batch is not None:
-            tokens = max_tokens or max_batch * self.request.max_q_len
-            buffers = Buffers(max_batch, tokens, max_pages or max(1, step.block_table.shape[1]), self._torch_device)
-            step = buffers.fill(step)
-        elif max_tokens is not None or max_pages is not None:
-            raise InputError("max_tokens and max_pages go with max_batch")
-        payload = None if phase == "prefill" else self._implementations[phase].plan(step)
-        plan = Plan(self, step, phase, write, payload, buffers)
-        self._prepare(plan)
-        return plan
-
     def _prepare(self, plan: Plan) -> None:
         """A prefill kernel that plans from host lengths does so here, once for all layers."""
         for_step = getattr(self._prefill, "for_step", None)
@@ -201,42 +167,10 @@ class Attention:
             )
         return self.request.page_size
 
-    def _route(self, step: Step) -> tuple[str, str]:
-        """The phase that serves a step, and when its k and v are written."""
-        has = self._implementations
-        longest = step.max_q_len
-        if "decode" in has and longest <= self.request.max_q_len and all(n == longest for n in step.q_lens):
-            return "decode", "before"
-        if step.q_lens == step.kv_lens_host and "prefill" in has and ("extend" not in has or self._postwrite_pays()):
-            return "prefill", "after"
-        if "extend" in has:
-            return "extend", "before"
-        raise InputError(
-            f"no phase of this handle ({', '.join(has)}) serves the step: its rows have q_lens up to {longest}, of "
-            f"prefixes or of different lengths; decode serves equal q_lens up to {self.request.max_q_len} (max_q_len). "
-            "Ask for the extend phase, or for a larger max_q_len"
-        )
-
     def _postwrite_pays(self) -> bool:
         kernel = self.selection.choices["prefill"].kernel
         fast = kernel is not None and kernel.priority_on(self.selection.device) >= Band.PERFORMANT
         return fast and not is_fp8(self.request.kv_dtype)
-
-    def _refill(self, plan: Plan, q_lens: Any, kv_lens: Any, block_table: Any) -> None:
-        assert plan._buffers is not None
-        step = make_step(q_lens, kv_lens, block_table, self._page_size(), self._torch_device)
-        if self._route(step) != (plan.phase, plan.write):
-            raise InputError(
-                f"the plan is for the {plan.phase} phase, and this step takes {self._route(step)[0]}: make another plan"
-            )
-        plan._step = plan._buffers.fill(step)
-        if plan.phase == "prefill":
-            plan._payload = None
-            self._prepare(plan)
-            return
-        implementation = self._implementations[plan.phase]
-        update = getattr(implementation, "update", None)
-        plan._payload = implementation.plan(plan._step) if update is None else update(plan._step, plan._payload)
 
     def allocate_kv_cache(self, num_pages: int, *, k_scale: Any = None, v_scale: Any = None) -> KVCache:
         """A zero-filled cache for one layer, in this request's page size, layout and format.

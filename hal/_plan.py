@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from hal._attention import Attention
+    from hal._planner import Planner
 
 __all__ = ["Plan"]
 
@@ -35,7 +35,7 @@ class Plan:
     __slots__ = ("__weakref__", "_buffers", "_owner", "_payload", "_run", "_step", "_token", "phase", "write")
 
     def __init__(
-        self, owner: Attention, step: Step, phase: str, write: str, payload: Any, buffers: Buffers | None
+        self, owner: Planner, step: Step, phase: str, write: str, payload: Any, buffers: Buffers | None
     ) -> None:
         self._owner = owner
         self._step = step
@@ -81,7 +81,7 @@ class Plan:
             self._payload = extend.plan(self._step)
         return extend, self._payload
 
-    def check_owner(self, handle: Attention) -> None:
+    def check_owner(self, handle: Planner) -> None:
         """Raise unless ``handle`` made the plan.
 
         Raises:

@@ -1,0 +1,101 @@
+"""``Planner``: what handles that run step by step have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from hal._plan import Buffers, Plan, make_step
+from hal.errors import InputError
+from hal_ops.attention import Step
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Planner"]
+
+
+class Planner:
+    """Makes and refills plans. A subclass holds bound kernels and says which phase serves a step."""
+
+    _implementations: Mapping[str, Any]
+    _torch_device: torch.device
+    _max_q_len: int
+
+    def _page_size(self) -> int:
+        raise NotImplementedError
+
+    def _postwrite_pays(self) -> bool:
+        """Whether prompts without a prefix are better attended to directly, and written to the cache afterwards."""
+        return False
+
+    def _prepare(self, plan: Plan) -> None:
+        """Anything else that a new or refilled plan needs."""
+
+    def plan(
+        self,
+        *,
+        q_lens: Any,
+        kv_lens: Any,
+        block_table: Any,
+        max_batch: int | None = None,
+        max_tokens: int | None = None,
+        max_pages: int | None = None,
+    ) -> Plan:
+        """The plan of one step, for every layer that uses this handle.
+
+        Args:
+            q_lens: query tokens a row in this step. kv_lens: tokens a row in the cache after the step.
+            block_table: page indices, ``[batch, max_pages]``; entries past a row's last page may hold anything.
+                Each may be a sequence, a host tensor or a device tensor; with host lengths nothing synchronises.
+            max_batch, max_tokens, max_pages: make a plan of this size whose buffers stay (``plan.update(...)``).
+                ``max_tokens`` defaults to ``max_batch * max_q_len``, ``max_pages`` to the table's width.
+
+        Raises:
+            InputError: lengths that disagree, a table too small, or a step that none of the handle's phases serves.
+        """
+        step = make_step(q_lens, kv_lens, block_table, self._page_size(), self._torch_device)
+        phase, write = self._route(step)
+        buffers = None
+        if max_batch is not None:
+            tokens = max_tokens or max_batch * self._max_q_len
+            buffers = Buffers(max_batch, tokens, max_pages or max(1, step.block_table.shape[1]), self._torch_device)
+            step = buffers.fill(step)
+        elif max_tokens is not None or max_pages is not None:
+            raise InputError("max_tokens and max_pages go with max_batch")
+        payload = None if phase == "prefill" else self._implementations[phase].plan(step)
+        plan = Plan(self, step, phase, write, payload, buffers)
+        self._prepare(plan)
+        return plan
+
+    def _refill(self, plan: Plan, q_lens: Any, kv_lens: Any, block_table: Any) -> None:
+        assert plan._buffers is not None
+        step = make_step(q_lens, kv_lens, block_table, self._page_size(), self._torch_device)
+        if self._route(step) != (plan.phase, plan.write):
+            raise InputError(
+                f"the plan is for the {plan.phase} phase, and this step takes {self._route(step)[0]}: make another plan"
+            )
+        plan._step = plan._buffers.fill(step)
+        if plan.phase == "prefill":
+            plan._payload = None
+            self._prepare(plan)
+            return
+        implementation = self._implementations[plan.phase]
+        update = getattr(implementation, "update", None)
+        plan._payload = implementation.plan(plan._step) if update is None else update(plan._step, plan._payload)
+
+    def _route(self, step: Step) -> tuple[str, str]:
+        """The phase that serves a step, and when its k and v are written."""
+        has = self._implementations
+        longest = step.max_q_len
+        if "decode" in has and longest <= self._max_q_len and all(n == longest for n in step.q_lens):
+            return "decode", "before"
+        if step.q_lens == step.kv_lens_host and "prefill" in has and ("extend" not in has or self._postwrite_pays()):
+            return "prefill", "after"
+        if "extend" in has:
+            return "extend", "before"
+        raise InputError(
+            f"no phase of this handle ({', '.join(has)}) serves the step: its rows have q_lens up to {longest}, of "
+            f"prefixes or of different lengths; decode serves equal q_lens up to {self._max_q_len} (max_q_len). "
+            "Ask for the extend phase, or for a larger max_q_len"
+        )
