@@ -30,6 +30,8 @@ _EXPORTS = {
     "KVCache": "_kv_cache",
     "Kernel": "_kernel",
     "Library": "_libraries",
+    "MlaAttention": "_mla",
+    "MlaCache": "_mla_cache",
     "MultipleOf": "_constraints",
     "NearMiss": "_near",
     "Needs": "_kernel",
@@ -56,6 +58,7 @@ _EXPORTS = {
     "diff_locks": "_lock",
     "get_attention": "_front",
     "get_attentions": "_front",
+    "get_mla_attention": "_mla",
     "get_op": "_front",
     "installed": "_libraries",
     "load_errata": "_errata",
@@ -88,6 +91,8 @@ __all__ = [
     "KVCache",
     "Kernel",
     "Library",
+    "MlaAttention",
+    "MlaCache",
     "MultipleOf",
     "NearMiss",
     "Needs",
@@ -115,6 +120,7 @@ __all__ = [
     "errors",
     "get_attention",
     "get_attentions",
+    "get_mla_attention",
     "get_op",
     "installed",
     "load_errata",
@@ -171,6 +177,9 @@ if TYPE_CHECKING:
     from hal._lock import diff_locks as diff_locks
     from hal._lock import write_lock as write_lock
     from hal._merge import merge_attention_states as merge_attention_states
+    from hal._mla import MlaAttention as MlaAttention
+    from hal._mla import get_mla_attention as get_mla_attention
+    from hal._mla_cache import MlaCache as MlaCache
     from hal._near import NearMiss as NearMiss
     from hal._plan import Plan as Plan
     from hal._platform import PLUGIN_API as PLUGIN_API

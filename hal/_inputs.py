@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from hal._attention import Attention
     from hal._kv_cache import KVCache
+    from hal._mla_cache import MlaCache
     from hal._plan import Plan
 
 
@@ -129,7 +130,7 @@ def check_step(handle: Attention, q: Tensor, k: Tensor | None, v: Tensor | None,
             )
 
 
-def check_pages(step: Step, cache: KVCache) -> None:
+def check_pages(step: Step, cache: KVCache | MlaCache) -> None:
     """``HAL_DEBUG_CHECKS``: every page that the step uses must be in the cache. Reads the device."""
     table = step.block_table.tolist()
     for row, length in enumerate(step.kv_lens_host):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from hal import _portable_cache, _portable_ops, _portable_triton
+from hal import _portable_cache, _portable_mla, _portable_ops, _portable_triton
 from hal._arch import Arch
 from hal._constraints import Anything, Constraint, OneOf, Range, Windows
 from hal._device import Evidence, Probe
@@ -14,6 +14,7 @@ from hal_ops import FP8_DTYPES, Op
 from hal_ops.attention import ATTENTION
 from hal_ops.kv_cache import KV_CACHE_WRITE
 from hal_ops.merge_states import MERGE_STATES
+from hal_ops.mla_attention import MLA_ATTENTION
 
 __all__ = ["PortablePlatform"]
 
@@ -38,12 +39,13 @@ class PortablePlatform(Platform):
         return frozenset()
 
     def ops(self) -> Iterable[Op]:
-        return (ATTENTION, KV_CACHE_WRITE, MERGE_STATES, *_portable_cache.OPS, *_portable_ops.OPS)
+        return (ATTENTION, MLA_ATTENTION, KV_CACHE_WRITE, MERGE_STATES, *_portable_cache.OPS, *_portable_ops.OPS)
 
     def kernels(self) -> Iterable[Kernel]:
         attention = (_attention(phase) for phase in ATTENTION.phases)
         own = (*attention, *_kv_cache_write(), *_merge_states())
-        return (*own, *_portable_triton.kernels(), *_portable_cache.kernels(), *_portable_ops.kernels())
+        others = (_portable_triton, _portable_mla, _portable_cache, _portable_ops)
+        return (*own, *(kernel for module in others for kernel in module.kernels()))
 
 
 def _attention(phase: str) -> Kernel:

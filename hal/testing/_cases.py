@@ -68,7 +68,7 @@ def make_timing_case(op: Op, request: Request, phase: str, device: torch.device)
     """One case of a size that engines run: a few long prompts, a batch of decodes; smaller on the CPU."""
     assert op.cases is not None
     make = resolve_target(op.cases)
-    if op.name != "attention":
+    if op.name not in ("attention", "mla_attention"):
         return make(request, phase, device=device)
     size = 1 if device.type == "cpu" else 8
     queries = getattr(request, "max_q_len", 1)

@@ -16,14 +16,17 @@ from hal_ops.attention.cases import hard_lengths, make_case
 from hal_ops.attention.paged_inputs import make_step
 from hal_ops.kv_cache import KV_CACHE_WRITE, KvCacheWriteRequest, torch_write
 from hal_ops.merge_states import MERGE_STATES, MergeStatesRequest, torch_merge
+from hal_ops.mla_attention import MLA_ATTENTION, MlaAttentionRequest, torch_mla
 
 REQUESTS = {
     ATTENTION: AttentionRequest(num_q_heads=4, num_kv_heads=2, head_dim=16, page_size=16, kv_layout="NHD"),
+    MLA_ATTENTION: MlaAttentionRequest(num_q_heads=4, kv_lora_rank=32, qk_rope_head_dim=16, page_size=16),
     KV_CACHE_WRITE: KvCacheWriteRequest(num_kv_heads=2, head_dim=16),
     MERGE_STATES: MergeStatesRequest(num_heads=4, v_head_dim=16),
 }
 KERNELS = {
     ATTENTION: {phase: getattr(torch_sdpa, phase) for phase in ATTENTION.phases},
+    MLA_ATTENTION: {phase: getattr(torch_mla, phase) for phase in MLA_ATTENTION.phases},
     KV_CACHE_WRITE: {"call": torch_write.write},
     MERGE_STATES: {"call": torch_merge.merge},
 }

@@ -24,7 +24,7 @@ from hal_ops.attention.request import AttentionRequest
 from hal_ops.attention.work import CountedCase
 from hal_ops.compare import Comparison, compare, compare_lse
 
-__all__ = ["AttentionCase", "hard_lengths", "indicator_case", "make_case", "visible_keys"]
+__all__ = ["AttentionCase", "hard_lengths", "indicator_case", "make_case", "moved", "visible_keys"]
 
 LENGTHS = (1, 5, 9, 15, 16, 17, 25, 33)
 SCALES = ("normal", "large", "outliers")
@@ -88,8 +88,8 @@ class AttentionCase(CountedCase):
         factory = resolve_target(ATTENTION.reference[self.phase])
         there = dataclasses.replace(
             self,
-            args=tuple(_moved(x, self.oracle) for x in self.args),
-            kwargs={name: _moved(x, self.oracle) for name, x in self.kwargs.items()},
+            args=tuple(moved(x, self.oracle) for x in self.args),
+            kwargs={name: moved(x, self.oracle) for name, x in self.kwargs.items()},
         )
         return there.call(factory(self.request, self.oracle, accumulate=accumulate, rounded=False))
 
@@ -101,9 +101,10 @@ def _rounded(q: Tensor, name: str) -> Tensor:
     return ((q / scale).to(fp8).float() * scale).to(q.dtype)
 
 
-def _moved(value: Any, device: str) -> Any:
+def moved(value: Any, device: str) -> Any:
+    """A tensor, or a step's tensors, on another device; anything else as it is."""
     if isinstance(value, Step):
-        fields = {f.name: _moved(getattr(value, f.name), device) for f in dataclasses.fields(value)}
+        fields = {f.name: moved(getattr(value, f.name), device) for f in dataclasses.fields(value)}
         return Step(**fields)
     return value.to(device) if isinstance(value, Tensor) else value
 
@@ -242,7 +243,7 @@ def _build(
         args = _prefill_args(request, lengths, q, k, v, form, kwargs)
     else:
         args = _paged_args(request, lengths, q, k, v, draw, str(device) if interleaved else None, kwargs)
-    args, kwargs = tuple(_moved(x, str(device)) for x in args), {n: _moved(x, str(device)) for n, x in kwargs.items()}
+    args, kwargs = tuple(moved(x, str(device)) for x in args), {n: moved(x, str(device)) for n, x in kwargs.items()}
     return AttentionCase(request, phase, label, lengths, args, kwargs, oracle)
 
 

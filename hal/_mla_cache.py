@@ -1,0 +1,93 @@
+"""``MlaCache``: the paged latents of one layer; and the checks of what comes with it to a call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from hal.errors import InputError
+from hal_ops import dtype_name
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hal._mla import MlaAttention
+
+__all__ = ["MlaCache"]
+
+
+class MlaCache:
+    """The paged latents of one layer: ``data`` is ``[num_pages, page_size, kv_lora_rank + qk_rope_head_dim]``.
+
+    An entry is a token's latent, then its rotated key. An engine that owns its memory wraps a view of it.
+    """
+
+    __slots__ = ("_checked_by", "data")
+
+    def __init__(self, data: Tensor) -> None:
+        """Wrap an existing tensor.
+
+        Raises:
+            InputError: it does not have three dims, or its entries are not contiguous.
+        """
+        if data.dim() != 3:
+            raise InputError(f"the cache is {tuple(data.shape)}: give [num_pages, page_size, kv_lora_rank + rope]")
+        if data.stride(2) != 1:
+            raise InputError(f"the cache's last stride is {data.stride(2)}: entries must be contiguous")
+        self.data: Tensor = data
+        self._checked_by: Any = None
+
+    @property
+    def num_pages(self) -> int:
+        """Pages in the cache."""
+        return int(self.data.shape[0])
+
+    @property
+    def page_size(self) -> int:
+        """Tokens a page."""
+        return int(self.data.shape[1])
+
+    @property
+    def dtype(self) -> str:
+        """Exact name of the storage format."""
+        return dtype_name(self.data.dtype)
+
+    def __repr__(self) -> str:
+        entry = self.data.shape[2]
+        return (
+            f"MlaCache({self.num_pages} pages of {self.page_size}, {entry} a token, {self.dtype}, {self.data.device})"
+        )
+
+
+def check_cache(handle: MlaAttention, cache: MlaCache) -> None:
+    """A cache against the request: format and sizes."""
+    request = handle.request
+    wanted = {"page_size": request.page_size, "dtype": request.kv_dtype}
+    found = [f"{n} is {getattr(cache, n)}, not {value}" for n, value in wanted.items() if getattr(cache, n) != value]
+    if cache.data.shape[2] != request.entry_dim:
+        found.append(f"an entry has {cache.data.shape[2]} elements, not {request.entry_dim}")
+    if cache.data.device != handle._torch_device:
+        found.append(f"it is on {cache.data.device}, not on {handle._torch_device}")
+    if found:
+        raise InputError(f"the cache does not fit this handle: {'; '.join(found)}")
+
+
+def check_tensors(handle: MlaAttention, tensors: Mapping[str, Tensor], sizes: Sequence[int]) -> None:
+    """q and latents of a step, before anything is written; ``sizes`` are the numbers of tokens that they may have."""
+    entry = handle.request.entry_dim
+    wanted = {"q": (handle.request.num_q_heads, entry), "latent": (entry,)}
+    for name, tensor in tensors.items():
+        last = wanted[name]
+        if tensor.dim() != len(last) + 1 or tuple(tensor.shape[1:]) != last:
+            shown = ", ".join(map(str, last))
+            raise InputError(f"{name} is {tuple(tensor.shape)}: give [tokens, {shown}] (latent part, then rotated)")
+        if tensor.dtype != handle._dtype:
+            raise InputError(f"{name} is {tensor.dtype}, and the request is {handle.request.dtype}")
+        if tensor.device != handle._torch_device:
+            raise InputError(f"{name} is on {tensor.device}, and the handle on {handle._torch_device}")
+        if tensor.stride(-1) != 1:
+            raise InputError(f"{name}'s last stride is {tensor.stride(-1)}: entries must be contiguous")
+        if tensor.shape[0] not in sizes or tensor.shape[0] != next(iter(tensors.values())).shape[0]:
+            raise InputError(
+                f"{name} has {tensor.shape[0]} tokens, the plan {' or '.join(map(str, dict.fromkeys(sizes)))}"
+            )

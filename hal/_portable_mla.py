@@ -1,0 +1,61 @@
+"""What the ``portable`` platform declares about latent attention: data."""
+
+from __future__ import annotations
+
+from hal._constraints import Anything, Constraint, OneOf, Range
+from hal._kernel import Archs, Band, Kernel
+from hal._portable_ops import TORCH
+from hal_ops.mla_attention import PHASES
+
+__all__ = ["kernels"]
+
+_FLAG = OneOf(False, True)
+_FLOATS = ("float32", "bfloat16", "float16", "float64")
+_FIELDS: dict[str, Constraint] = {
+    "num_q_heads": Anything((1, 6, 16)),
+    "kv_lora_rank": Range(1, None, (512, 48)),
+    "qk_rope_head_dim": Range(1, None, (64, 16, 13)),
+    "dtype": OneOf(*_FLOATS),
+    "kv_dtype": OneOf(*_FLOATS),
+    "page_size": Range(1, None, (16, 48)),
+    "max_q_len": Range(1, None, (4,)),
+    "causal": OneOf(True, False),
+    "softmax_scale": Anything((0.3,)),
+    "return_lse": _FLAG,
+    "deterministic": _FLAG,
+}
+
+
+def kernels() -> tuple[Kernel, ...]:
+    """Both phases of latent attention: the reference anywhere, and torch on the CPU."""
+    return tuple(made for phase in PHASES for made in (_reference(phase), _torch(phase)))
+
+
+def _reference(phase: str) -> Kernel:
+    return Kernel(
+        name=f"reference.mla_{phase}",
+        op="mla_attention",
+        phase=phase,
+        target=f"hal_ops.mla_attention.reference:{phase}",
+        priority=Band.REFERENCE,
+        fields=_FIELDS,
+        needs=(TORCH,),
+        evidence={"x86_64": "run"},
+        note="float32 reference, slow",
+    )
+
+
+def _torch(phase: str) -> Kernel:
+    return Kernel(
+        name=f"torch_cpu.mla_{phase}",
+        op="mla_attention",
+        phase=phase,
+        target=f"hal_ops.mla_attention.torch_mla:{phase}",
+        priority=Band.PORTABLE,
+        platforms={"cpu": Archs()},
+        needs=(TORCH,),
+        fields=_FIELDS,
+        evidence={"x86_64": "run"},
+        copies="the pages of each row into one block a call",
+        note="torch scaled_dot_product_attention",
+    )

@@ -1,0 +1,104 @@
+"""The op ``mla_attention``: its request, its cases, the reference and the torch kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from hal_ops import resolve_target
+from hal_ops.attention.paged_inputs import make_step
+from hal_ops.mla_attention import MLA_ATTENTION, PHASES, MlaAttentionRequest, torch_mla
+from hal_ops.mla_attention.cases import make_case
+
+SMALL: dict[str, Any] = {
+    "num_q_heads": 6,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 24,
+    "v_head_dim": 20,
+    "dtype": "float32",
+    "page_size": 16,
+}
+
+
+def test_the_defaults_are_deepseek_v3s() -> None:
+    request = MlaAttentionRequest(num_q_heads=128)
+    assert request.describe() == "128 heads, latent 512+64, bfloat16, KV bfloat16, page_size auto, causal"
+    assert request.softmax_scale == pytest.approx(192**-0.5)
+    absorbed, expanded = request.absorbed(), request.expanded()
+    assert (absorbed.num_kv_heads, absorbed.head_dim, absorbed.v_head_dim) == (1, 576, 512)
+    assert (expanded.num_kv_heads, expanded.head_dim, expanded.v_head_dim) == (128, 192, 128)
+    assert absorbed.softmax_scale == expanded.softmax_scale == request.softmax_scale
+    assert (absorbed.phases, expanded.phases) == (PHASES, ("prefill",))
+
+
+def test_what_is_asked_for_reaches_both_forms() -> None:
+    request = MlaAttentionRequest(
+        **SMALL, kv_dtype="float64", max_q_len=3, softmax_scale=0.5, causal=False, return_lse=True, deterministic=True,
+        graph=True, phases="decode",
+    )  # fmt: skip
+    absorbed = request.absorbed()
+    assert (absorbed.kv_dtype, absorbed.max_q_len, absorbed.page_size) == ("float64", 3, 16)
+    assert absorbed.graph
+    assert absorbed.phases == ("decode",)
+    for made in (absorbed, request.expanded()):
+        assert (made.softmax_scale, made.causal, made.return_lse, made.deterministic) == (0.5, False, True, True)
+    assert request.replace(phases=None).phases == PHASES
+    for word in ("softmax_scale 0.5", "return_lse", "graph", "bidirectional", "max_q_len 3", "decode only"):
+        assert word in request.describe()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_q_heads", 0),
+        ("kv_lora_rank", -1),
+        ("page_size", 0),
+        ("phases", "prefill"),
+        ("softmax_scale", float("nan")),
+    ],
+)
+def test_what_no_kernel_could_honour_is_an_error(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=field):
+        MlaAttentionRequest(**{**SMALL, field: value})
+
+
+def test_a_computed_scale_follows_its_dims() -> None:
+    request = MlaAttentionRequest(**SMALL)
+    assert request.replace(qk_nope_head_dim=48).softmax_scale == 64**-0.5
+    assert request.replace(softmax_scale=0.3).replace(qk_nope_head_dim=48).softmax_scale == 0.3
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
+def test_torch_computes_what_the_reference_does(phase: str, dtype: str) -> None:
+    for more in ({}, {"causal": False}, {"return_lse": True, "max_q_len": 3}, {"softmax_scale": 0.3, "page_size": 7}):
+        request = MlaAttentionRequest(**{**SMALL, **more, "dtype": dtype})
+        for scale in ("normal", "large", "outliers"):
+            for factory in (getattr(torch_mla, phase), resolve_target(MLA_ATTENTION.reference[phase])):
+                case = make_case(request, phase, seed=1, scale=scale)
+                for comparison in case.check(factory(request, "cpu")):
+                    assert comparison.ok, comparison
+
+
+def test_the_reference_is_the_formula() -> None:
+    request = MlaAttentionRequest(**SMALL, return_lse=True)
+    draw = torch.Generator().manual_seed(0)
+    q, cache = torch.randn(2, 6, 48, generator=draw), torch.randn(3, 16, 48, generator=draw)
+    implementation = resolve_target(MLA_ATTENTION.reference["extend"])(request, "cpu")
+    step = make_step([2], [18], torch.tensor([[2, 0]]), 16)
+    out, lse = implementation(q, cache, step, implementation.plan(step), return_lse=True)
+    entries = torch.cat([cache[2], cache[0]])
+    for token in range(2):
+        for head in range(6):
+            seen = entries[: 17 + token]
+            scores = seen @ q[token, head] * 40**-0.5
+            torch.testing.assert_close(out[token, head], scores.softmax(0) @ seen[:, :32], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(lse[token, head], scores.logsumexp(0), atol=1e-5, rtol=1e-5)
+
+
+def test_what_torch_does_not_do_it_refuses() -> None:
+    with pytest.raises(ValueError, match="graph"):
+        torch_mla.decode(MlaAttentionRequest(**SMALL, graph=True), "cpu")
