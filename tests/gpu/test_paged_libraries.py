@@ -64,7 +64,9 @@ class Sequences:
         torch.manual_seed(0)
         self.handle, self.kv_lens = handle, kv_lens
         self.place = handle.device.torch_device()
-        self.q, self.k, self.v = ([torch.randn(n, h, 64).half() for n in kv_lens] for h in (14, 2, 2))
+        q_heads, kv_heads = handle.request.num_q_heads, handle.request.num_kv_heads
+        draws = ([torch.randn(n, h, 64).half() for n in kv_lens] for h in (q_heads, kv_heads, kv_heads))
+        self.q, self.k, self.v = draws
         size = handle.request.page_size
         assert isinstance(size, int)
         counts = [-(-n // size) for n in kv_lens]
@@ -117,6 +119,17 @@ def test_short_and_odd_lengths(library: str, new: str) -> None:  # requirement D
         sequences.step([before[row] for row in kept], kept)
     out = sequences.step(list(zip(first, LENGTHS, strict=True)))
     assert_right(out, torch.cat([sequences.right(row)[start:] for row, start in enumerate(first)]))
+
+
+@EACH
+@pytest.mark.parametrize("heads", [(6, 2), (5, 1), (21, 3), (12, 1)])
+def test_groups_that_are_no_powers_of_two(library: str, heads: tuple[int, int]) -> None:  # requirement D4, B13
+    fields = {"num_q_heads": heads[0], "num_kv_heads": heads[1]}
+    sequences = Sequences(handle_of(library, **fields), (9, 33, 100))
+    outs = [sequences.step([(0, 8), (0, 20), (0, 99)]), sequences.step([(8, 9), (20, 21), (99, 100)])]
+    right = [sequences.right(row, **fields) for row in range(3)]
+    assert_right(outs[0], torch.cat([right[0][:8], right[1][:20], right[2][:99]]))
+    assert_right(outs[1], torch.cat([right[0][8:9], right[1][20:21], right[2][99:]]))
 
 
 @EACH

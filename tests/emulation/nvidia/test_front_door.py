@@ -67,6 +67,12 @@ def test_short_and_odd_lengths(
     paged.test_short_and_odd_lengths(library, new)
 
 
+@pytest.mark.parametrize("heads", [(6, 2), (5, 1), (21, 3), (12, 1)])
+def test_groups_that_are_no_powers_of_two(library: str, heads: tuple[int, int], paged: ModuleType) -> None:
+    # requirement D4, B13
+    paged.test_groups_that_are_no_powers_of_two(library, heads)
+
+
 def test_padded_bounds_change_nothing(library: str, paged: ModuleType) -> None:  # requirement D3, E3
     paged.test_padded_bounds_change_nothing(library)
 
