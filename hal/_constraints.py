@@ -149,6 +149,16 @@ class SameAs(Constraint):
         return (getattr(request, self.field),)
 
 
+_FEW_PAIRS = 2
+_FEW_VALUES = 6
+
+
+def _some(values: list[Any]) -> str:
+    if len(values) > _FEW_VALUES:
+        return f"one of {len(values)} from {min(values)} to {max(values)}"
+    return f"{', '.join(map(str, values[:-1]))} or {values[-1]}"
+
+
 @record(frozen=True)
 class Pairs(Constraint):
     """Combinations with another field: ``v_head_dim=Pairs("head_dim", (128, 128), (192, 128))``.
@@ -167,7 +177,11 @@ class Pairs(Constraint):
         return (getattr(request, self.field), value) in self.pairs
 
     def allowed(self) -> str:
-        return "with " + " or ".join(f"{self.field} {other}: {own}" for other, own in self.pairs)
+        same = [own for other, own in self.pairs if other == own]
+        if len(same) <= _FEW_PAIRS:
+            return "with " + " or ".join(f"{self.field} {other}: {own}" for other, own in self.pairs)
+        rest = "".join(f", or with {self.field} {other}: {own}" for other, own in self.pairs if other != own)
+        return f"the same as {self.field}, where that is {_some(same)}{rest}"
 
     def corners(self, request: Request) -> tuple[Any, ...]:
         return tuple(own for other, own in self.pairs if other == getattr(request, self.field))
