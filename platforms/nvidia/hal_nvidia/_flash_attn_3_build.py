@@ -50,8 +50,10 @@ class Build:
         return frozenset({"sm_90"} if "SM8x" in self.without else {"sm_80", "sm_90"})
 
 
+UPSTREAM = Build("upstream's flash-attention 3")
+"""Upstream's default build, for questions about a library that is not installed."""
 _KNOWN = {
-    "flash-attn-3": Build(""),
+    "flash-attn-3": UPSTREAM,
     "tokenspeed-fa3": Build(
         "", frozenset({"BACKWARD", "SOFTCAP", "HDIM96", "SM8x", "HDIMDIFF64", "HDIMDIFF192"}), sinks=True
     ),

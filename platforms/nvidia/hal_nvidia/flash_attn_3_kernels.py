@@ -42,7 +42,7 @@ from hal import (
     SameAs,
     Windows,
 )
-from hal_nvidia._flash_attn_3_build import DISTRIBUTIONS, Build, build
+from hal_nvidia._flash_attn_3_build import DISTRIBUTIONS, UPSTREAM, Build, build
 from hal_ops.attention import AttentionRequest
 
 if TYPE_CHECKING:
@@ -100,6 +100,8 @@ def _decode(request: Request, device: Device) -> Sequence[Reason]:
 
 def _reasons(request: Request, device: Device, phase: str) -> Iterator[Reason]:
     found = build()
+    if found is None and device.arch.name != "sm_90":
+        found = UPSTREAM  # what may be installed here: the wheel is for sm_90 alone
     if found is None or not isinstance(request, AttentionRequest):
         return
     yield from _build_lacks(

@@ -41,9 +41,8 @@ __all__ = ["BLACKWELL_CUDA", "FLASHINFER", "KERNELS", "toolkit", "versions_from"
 
 _FA2_ARCHS = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121")
 _PREFILL_COPIES = "dense q, k or v whose sequences do not follow each other in memory"
-_PAGED_COPIES = (
-    "q, multiplied by the k scale of an FP8 cache; q, where a plan of fixed size is called with fewer tokens"
-)
+_PADDED = "q, where a plan of fixed size is called with fewer tokens"
+_FP8_COPIES = f"q, multiplied by the k scale of an FP8 cache; {_PADDED}"
 
 BLACKWELL_CUDA: Mapping[str, str] = {"sm_100": ">=12.8", "sm_103": ">=12.9", "sm_120": ">=12.9", "sm_121": ">=12.9"}
 """CUDA versions that flashinfer compiles for an arch with."""
@@ -138,7 +137,7 @@ def _kernel(
 
 
 _FP8 = ("float8_e4m3fn", "float8_e5m2")
-_WAITS = "ragged calls without a plan wait for the device: it plans from lengths on the host"
+_WAITS = "ragged calls without a plan wait for the device"
 _PLAIN = "run without window or softcap; with them emulated"
 _OF_FA3 = "fa3 on sm_90"
 
@@ -147,9 +146,9 @@ KERNELS = (
     _kernel(
         "flashinfer_fa3.prefill", _ragged(), Band.PERFORMANT + 60, ("sm_90",), f"{_WAITS}; {_PLAIN}", _PREFILL_COPIES
     ),
-    _kernel("flashinfer_fa2.extend", _paged(*_FP8), Band.PERFORMANT + 30, _FA2_ARCHS, "", _PAGED_COPIES),
-    _kernel("flashinfer_fa3.extend", _paged(), Band.SPECIALIZED + 10, ("sm_90",), _PLAIN, _PAGED_COPIES),
-    _kernel("flashinfer_fa2.decode", _paged(*_FP8), Band.SPECIALIZED + 40, _FA2_ARCHS, "", _PAGED_COPIES),
-    _kernel("flashinfer_sink.extend", _sinks(), Band.PERFORMANT + 60, _FA2_ARCHS, _OF_FA3, _PAGED_COPIES, "emulated"),
-    _kernel("flashinfer_sink.decode", _sinks(), Band.PERFORMANT + 60, _FA2_ARCHS, "", _PAGED_COPIES),
+    _kernel("flashinfer_fa2.extend", _paged(*_FP8), Band.PERFORMANT + 30, _FA2_ARCHS, "", _FP8_COPIES),
+    _kernel("flashinfer_fa3.extend", _paged(), Band.SPECIALIZED + 10, ("sm_90",), _PLAIN, _PADDED),
+    _kernel("flashinfer_fa2.decode", _paged(*_FP8), Band.SPECIALIZED + 40, _FA2_ARCHS, "", _FP8_COPIES),
+    _kernel("flashinfer_sink.extend", _sinks(), Band.PERFORMANT + 60, _FA2_ARCHS, _OF_FA3, _PADDED, "emulated"),
+    _kernel("flashinfer_sink.decode", _sinks(), Band.PERFORMANT + 60, _FA2_ARCHS, "", _PADDED),
 )

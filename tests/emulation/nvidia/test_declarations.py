@@ -53,6 +53,15 @@ def test_the_missing_package_is_blamed_and_not_the_gpu() -> None:  # requirement
     assert set(both) == {"not_installed", "arch_not_listed"}
 
 
+def test_what_no_build_for_the_arch_has_is_not_promised() -> None:  # requirement P28, D11
+    """Only the wheel for sm_90 has sinks: on sm_80 nothing that could be installed would help."""
+    found = reasons("fa3.prefill", {}, "nvidia:sm_80,cuda=12.8", sinks=True)
+    assert (
+        found["feature_unsupported"] == "sinks: flash_attn_varlen_func of upstream's flash-attention 3 takes no sinks"
+    )
+    assert set(reasons("fa3.prefill", {}, sinks=True)) == {"not_installed"}
+
+
 def test_a_build_without_code_for_the_arch_is_refused() -> None:  # requirement P44
     found = reasons("fa3.prefill", TOKENSPEED, "nvidia:sm_80,cuda=12.8")
     assert found == {"build_lacks_arch": "the installed build is for sm_90, not for sm_80"}
