@@ -36,7 +36,7 @@ SIDES = {
         Side("triton", ("triton",)),
         Side("fa3", ("fa3",)),
         Side("fa4", ("fa4",)),
-        Side("flashinfer", ("flashinfer_fa3", "flashinfer_fa2", "flashinfer_sink")),
+        Side("flashinfer", ("flashinfer_fa3", "flashinfer_fa2", "flashinfer_sink", "flashinfer_cudnn")),
         Side("torch flash", ("sdpa_flash",), contiguous=True),
         Side("torch cudnn", ("sdpa_cudnn",), contiguous=True),
     ),

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from hal._attention import Attention
 from hal._compile import node
-from hal._differentiate import gradients
+from hal._differentiate import can_record, gradients
 from hal._kv_cache import KVCache, plain
 from hal._plan import Plan, plan_of
 from hal._selection import Selection
@@ -54,6 +54,11 @@ class TracedAttention(Attention):
         debug_checks: bool,
     ) -> None:
         super().__init__(selection, implementations, write_selection, write, debug_checks=debug_checks)
+        if self.request.needs_grad and not can_record():
+            raise InputError(
+                "this torch does not let autograd record inside an op, which gradients of a traced call need: leave out "
+                "compile=True (torch.compile traces torch's own kernels as they are), or needs_grad=True"
+            )
         self._layout = self.request.kv_layout
         nodes = _Nodes(self, _name(selection, write_selection))
         self._fresh_node, self._fresh_lse_node = nodes.fresh(False), nodes.fresh(True)
@@ -168,7 +173,7 @@ class _Nodes:
         outs = "Tensor grad_out, Tensor? grad_lse, " if lse else "Tensor grad_out, "
         returns = f"({', '.join(['Tensor'] * len(places))})"
         run = node(f"{self.name}_backward{'_lse' * lse}", outs + _FRESH, returns, differentiate, empty)
-        return _keep, lambda ctx, *grads: _spread(run(*grads, *_kept(ctx)), places)
+        return _keep, lambda ctx, *given: _spread(run(*given, *_kept(ctx)), places)
 
     def step(self, lse: bool) -> Any:
         """A planned call that writes k and v."""

@@ -137,6 +137,36 @@ def test_the_lse_has_a_gradient_too() -> None:
     close(found[1], found[0])
 
 
+def test_a_torch_that_cannot_record_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch._C, "_dispatch_tls_set_dispatch_key_excluded")
+    hal.reset()
+    with pytest.raises(InputError, match="does not let autograd record inside an op"):
+        hal.get_attention(**BASE, phases="prefill", needs_grad=True, device="cpu", compile=True)
+
+
+def test_a_backward_from_another_backward() -> None:
+    """The engine calls from its own threads, and calls may stand inside each other: nothing waits for a thread."""
+    _, node = handles(phases="prefill", needs_grad=True)
+    three = [x.requires_grad_() for x in tensors(1, 5)]
+
+    class Inner(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+            with torch.enable_grad():
+                again = [x.detach().requires_grad_() for x in three]
+                torch.autograd.backward(node(*again).sum())
+            assert again[0].grad is not None
+            return grad
+
+    torch.autograd.backward(Inner.apply(node(*three)).sum())
+    assert all(x.grad is not None for x in three)
+    assert not torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.AutogradCPU)
+
+
 def test_needs_grad_lands_on_kernels_with_a_backward() -> None:  # requirement R12
     """Whatever is registered, on each simulated device: what is chosen declares the field."""
     kernels = hal._plugins.registry().kernels
