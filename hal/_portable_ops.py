@@ -44,7 +44,7 @@ _FLAG = OneOf(False, True)
 _LARGEST = 16384
 """Elements of a group that the Triton kernel holds in the registers of a program."""
 _RUN = ("sm_90",)
-_COMPILED = ("sm_80", "sm_86", "sm_89", "sm_100", "sm_120", "gfx942", "gfx950", "gfx1100")
+_COMPILED = ("sm_80", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201")
 
 Fields = dict[str, Constraint]
 

@@ -15,7 +15,7 @@ from hal_ops.attention import AttentionRequest
 
 __all__ = ["kernels"]
 
-_COMPILED = ("sm_80", "sm_100", "sm_120", "gfx942", "gfx950", "gfx1100")
+_COMPILED = ("sm_80", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201")
 _EVIDENCE = {"sm_90": "run", **dict.fromkeys(_COMPILED, "compiled"), "*": "claimed"}
 _FLOATS = ("float16", "bfloat16", "float32")
 _FLAG = OneOf(False, True)

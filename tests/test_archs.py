@@ -207,10 +207,13 @@ CLAIMS = [
     ("rocm", "gfx906", {"fp16"}, {"bf16", "mfma"}),
     ("rocm", "gfx90a", {"bf16", "mfma"}, {"fp8_e4m3fn", "fp8_e4m3fnuz"}),
     ("rocm", "gfx942", {"fp8_e4m3fnuz", "fp8_e5m2fnuz"}, {"fp8_e4m3fn", "fp8_e5m2"}),
-    ("rocm", "gfx950", {"fp8_e4m3fn", "fp4_e2m1"}, {"fp8_e4m3fnuz"}),
+    ("rocm", "gfx950", {"fp8_e4m3fn", "fp4_e2m1", "mxfp4"}, {"fp8_e4m3fnuz"}),
     ("rocm", "gfx1100", {"bf16", "wmma"}, {"fp8_e4m3fn", "fp8_e4m3fnuz", "mfma"}),
     ("rocm", "gfx1201", {"fp8_e4m3fn", "wmma"}, {"fp8_e4m3fnuz"}),
-    ("rocm", "gfx936", set(), {"fp16", "bf16"}),
+    ("rocm", "gfx1151", {"bf16", "wmma", "triton"}, {"fp8_e4m3fn", "fp8_e4m3fnuz", "mfma"}),
+    ("rocm", "gfx1250", {"fp8_e4m3fn", "mxfp4", "wmma"}, {"fp8_e4m3fnuz", "mfma"}),
+    ("rocm", "gfx936", set(), {"fp16", "bf16", "triton"}),
+    ("rocm", "gfx1999", {"triton"}, {"fp16", "bf16", "mfma", "wmma", "wave32", "wave64"}),
     ("musa", "mp_21", {"fp16"}, {"bf16", "graph_capture"}),
     ("musa", "mp_22", {"bf16", "tf32", "graph_capture"}, {"fp8_e4m3fn", "triton"}),
     ("musa", "mp_31", {"bf16", "fp8_e4m3fn", "fp8_e5m2", "triton"}, {"fp8_e4m3fnuz"}),
@@ -224,6 +227,29 @@ def test_capabilities(platform: str, name: str, has: set[str], lacks: set[str]) 
     found = PLATFORMS[platform].capabilities(PLATFORMS[platform].parse_arch(name))
     assert has <= found
     assert not lacks & found
+
+
+@pytest.mark.parametrize(
+    ("name", "wave", "lds", "matrix", "fp8"),
+    [
+        ("gfx90a", 64, 64, "cdna2", "none"),
+        ("gfx942", 64, 64, "cdna3", "e4m3fnuz"),
+        ("gfx950", 64, 160, "cdna4", "e4m3fn"),
+        ("gfx1100", 32, 64, "rdna3", "none"),
+        ("gfx1151", 32, 64, "rdna3_5", "none"),
+        ("gfx1201", 32, 64, "rdna4", "e4m3fn"),
+        ("gfx1250", 32, 320, "gfx125", "e4m3fn"),
+    ],
+)
+def test_waves_local_memory_and_matrix_cores_of_amd(name: str, wave: int, lds: int, matrix: str, fp8: str) -> None:
+    # requirement P18, P29
+    with hal.simulate(f"rocm:{name}"):
+        device = hal.device()
+    found = dict(device.properties)
+    assert found["wave_size"] == wave
+    assert found["lds_bytes"] == lds << 10
+    assert (found["matrix_cores"], found["fp8_flavour"]) == (matrix, fp8)
+    assert {f"wave{wave}", f"lds_{lds}k"} <= device.capabilities
 
 
 @pytest.mark.parametrize("platform", sorted(PLATFORMS))

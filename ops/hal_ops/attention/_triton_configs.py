@@ -67,8 +67,9 @@ class Hopper:
 
 
 _ROOMY = (Config(64, 128, 64, 4, 3), Config(128, 128, 128, 8, 3), Config(256, 128, 64, 8, 2))
-_MIDDLE = (Config(64, 128, 64, 4, 3), Config(128, 128, 64, 8, 2), Config(256, 128, 32, 8, 2))
-_TIGHT = (Config(64, 128, 64, 4, 2), Config(128, 128, 32, 8, 2), Config(256, 64, 32, 4, 2))
+_LARGE = (Config(64, 128, 64, 4, 3), Config(128, 128, 64, 8, 3), Config(256, 64, 64, 8, 2))
+_MIDDLE = (Config(64, 128, 64, 8, 3), Config(128, 128, 32, 8, 3), Config(256, 64, 32, 8, 2))
+_TIGHT = (Config(64, 128, 64, 8, 2), Config(128, 64, 32, 4, 2), Config(256, 64, 32, 8, 2))
 _CDNA = (Config(128, 128, 64, 4, 1), Config(256, 64, 32, 4, 1))
 _CDNA4 = (Config(64, 128, 64, 4, 3), Config(128, 128, 64, 4, 2), Config(256, 64, 32, 8, 2))
 _RDNA3 = (Config(64, 128, 32, 8, 1), Config(128, 64, 16, 8, 1), Config(256, 32, 16, 16, 1))
@@ -79,8 +80,8 @@ TABLE: dict[str, tuple[Config, ...]] = {
     "sm_86": _TIGHT,
     "sm_89": _TIGHT,
     "sm_90": _ROOMY,
-    "sm_100": _ROOMY,
-    "sm_103": _ROOMY,
+    "sm_100": _LARGE,
+    "sm_103": _LARGE,
     "sm_120": _TIGHT,
     "sm_121": _TIGHT,
     "gfx90a": _CDNA,

@@ -117,7 +117,7 @@ _CACHE: Mapping[str, Constraint] = {
     "kv_layout": OneOf("NHD"),
 }
 _PREFILL: Mapping[str, Constraint] = {
-    "head_dim": MultipleOf(8, 8, 256),
+    "head_dim": Either(MultipleOf(8, 8, 256), OneOf(64, 192)),
     "v_head_dim": Either(SameAs("head_dim"), Pairs("head_dim", (192, 128))),
     "window": Windows(),
     "sinks": OneOf(False, True),
