@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import hal
 from hal._arch import Arch
 from hal._cpu_probe import cpu_capabilities, parse_cpu_arch
 from hal._platform import Platform
