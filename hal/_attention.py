@@ -28,9 +28,6 @@ class Attention(Planner):
     ``request`` is the decided request, ``device`` the device, ``selection`` the decision with every reason.
     """
 
-    _traced = False
-    """Whether calls are nodes for compilers, which plans are then made for."""
-
     def __init__(
         self,
         selection: Selection,

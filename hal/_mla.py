@@ -9,6 +9,7 @@ from hal import _devices, _front, _selection, _settings
 from hal._attention import Attention
 from hal._bind import bind
 from hal._device import Device
+from hal._handle_key import key_of
 from hal._inputs import check_pages
 from hal._mla_cache import MlaCache, check_cache, check_tensors
 from hal._plan import Plan
@@ -204,7 +205,7 @@ def get_mla_attention(
     fields = dict(locals())
     where, forced = fields.pop("device"), fields.pop("kernel")
     fields["phases"] = PHASES if phases is None else (phases,) if isinstance(phases, str) else tuple(phases)
-    key = _front._key("mla_attention", fields, where, forced)
+    key = key_of("mla_attention", fields, where, forced)
     if key is not None and key in _front._handles:
         return _front._handles[key]  # type: ignore[no-any-return]
     handle = _make(MlaAttentionRequest(**fields), _devices.device(where), forced)
@@ -231,6 +232,6 @@ def _make(request: MlaAttentionRequest, device: Device, kernel: Any) -> MlaAtten
     )
     write_selection, written = bind(lambda: _selection.select(wanted, device=device))
     expanded = decided.expanded()
-    prefill = _front._attention(expanded, device, None, lambda: _selection.select(expanded, device=device))
+    prefill = _front._attention(lambda: _selection.select(expanded, device=device), False)
     debug = _settings.current()["debug_checks"]
     return MlaAttention(selection, made, write_selection, written["call"], prefill, debug_checks=debug)

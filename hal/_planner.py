@@ -21,6 +21,8 @@ class Planner:
     _implementations: Mapping[str, Any]
     _torch_device: torch.device
     _max_q_len: int
+    _traced = False
+    """Whether calls are nodes for compilers, which plans are then made for."""
 
     def _page_size(self) -> int:
         raise NotImplementedError
