@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any, ClassVar
 
 from hal_ops._checks import flag, positive
 from hal_ops._dtypes import dtype_name
+from hal_ops._record import record
 from hal_ops._request import AUTO, Request, feature, required
 from hal_ops.attention import AttentionRequest
 
@@ -16,7 +16,7 @@ __all__ = ["MlaAttentionRequest", "PHASES"]
 PHASES = ("extend", "decode")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@record(frozen=True, kw_only=True)
 class MlaAttentionRequest(Request):
     """What a caller needs from latent attention. The defaults are the dims of DeepSeek-V2 and DeepSeek-V3.
 
