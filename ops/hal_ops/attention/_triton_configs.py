@@ -1,6 +1,6 @@
 """Tile sizes of the Triton prefill and extend kernels, as data. Nothing is tuned at run time.
 
-Those of sm_90 are the fastest of a sweep on an H200 (``benchmarks/attention.py --sweep``); those of other archs follow
+Those of sm_90 are the fastest of a sweep on an H200; those of other archs follow
 from their shared memory, registers and matrix instructions, and are compiled ahead of time for each
 (``docs/triton-resources.md``). An unknown arch gets the smallest, which fits 64 KiB of shared memory.
 
