@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from hal._constraints import Anything, Constraint, OneOf, Range
+from hal._constraints import Anything, Constraint, OneOf, Range, SameAs
 from hal._kernel import Archs, Band, Kernel
-from hal._portable_ops import TORCH
+from hal._portable_ops import TORCH, TRITON
 from hal_ops.mla_attention import PHASES
 
 __all__ = ["kernels"]
 
 _FLAG = OneOf(False, True)
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
+_COMPILED = {
+    **dict.fromkeys(("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950", "gfx1100"), "compiled"),
+    "*": "claimed",
+}
 _FIELDS: dict[str, Constraint] = {
     "num_q_heads": Anything((1, 6, 16)),
     "kv_lora_rank": Range(1, None, (512, 48)),
@@ -27,8 +31,8 @@ _FIELDS: dict[str, Constraint] = {
 
 
 def kernels() -> tuple[Kernel, ...]:
-    """Both phases of latent attention: the reference anywhere, and torch on the CPU."""
-    return tuple(made for phase in PHASES for made in (_reference(phase), _torch(phase)))
+    """Both phases of latent attention: the reference anywhere, torch on the CPU, and Triton."""
+    return tuple(made for phase in PHASES for made in (_reference(phase), _torch(phase), _triton(phase)))
 
 
 def _reference(phase: str) -> Kernel:
@@ -58,4 +62,27 @@ def _torch(phase: str) -> Kernel:
         evidence={"x86_64": "run"},
         copies="the pages of each row into one block a call",
         note="torch scaled_dot_product_attention",
+    )
+
+
+def _triton(phase: str) -> Kernel:
+    fields: dict[str, Constraint] = {
+        **_FIELDS,
+        "kv_lora_rank": OneOf(512, 16, 32, 64, 128, 256),
+        "qk_rope_head_dim": OneOf(64, 16, 32, 48, 80, 96, 112, 128),
+        "dtype": OneOf("bfloat16", "float16", "float32"),
+        "kv_dtype": SameAs("dtype"),
+        "max_q_len": Range(1, 16, (4,)),
+        "graph": _FLAG,
+    }
+    return Kernel(
+        name=f"triton.mla_{phase}",
+        op="mla_attention",
+        phase=phase,
+        target=f"hal_ops.mla_attention.triton_mla:{phase}",
+        priority=Band.PORTABLE + 50,
+        capabilities=frozenset({"triton"}),
+        needs=(TORCH, TRITON),
+        fields=fields,
+        evidence=_COMPILED,
     )

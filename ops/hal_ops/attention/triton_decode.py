@@ -16,7 +16,6 @@ batch that it is in either.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -26,7 +25,8 @@ from hal_ops._dtypes import is_fp8, torch_dtype
 from hal_ops._gpu import gpu_of
 from hal_ops._launch import Launch
 from hal_ops.attention import masks
-from hal_ops.attention._decode_work import FIELDS, Cut, Work, most_items, work_of
+from hal_ops.attention._decode_work import Cut
+from hal_ops.attention._split_work import Payload, SplitWork
 from hal_ops.attention._triton_decode_configs import Config, config_of
 from hal_ops.attention._triton_decode_kernels import decode_kernel
 from hal_ops.attention.contract import PagedAttention, Step
@@ -75,29 +75,12 @@ def _check(request: AttentionRequest) -> None:
         )
 
 
-@dataclasses.dataclass(slots=True)
-class Payload:
-    """One step's work, and the memory that its programs share.
-
-    Fields:
-        programs: size of the launch. work: int32, the items, then a count of finished splits for each slot and program.
-        counters: that second part. out, lse: float32 partial results. items, slots: how many there is memory for.
-    """
-
-    programs: int
-    work: Tensor
-    counters: Tensor
-    out: Tensor
-    lse: Tensor
-    items: int
-    slots: int
-
-
-class _Decode:
+class _Decode(SplitWork):
     def __init__(self, request: AttentionRequest, device: object, config: Config | None) -> None:
         self.request = request
         self.gpu = gpu_of(device)
-        self.dtype = torch_dtype(request.dtype)
+        self.graph = request.graph
+        self.width = request.v_head_dim
         rows = request.max_q_len * request.group_size
         dims = _power_of_two(request.head_dim) + _power_of_two(request.v_head_dim)
         item = torch_dtype(request.kv_dtype).itemsize
@@ -125,49 +108,6 @@ class _Decode:
 
     def _constants(self, key: Key) -> dict[str, Any]:
         return constants_of(self.request, self.config, self.block_m, self.gpu.arch, key)
-
-    def plan(self, step: Step) -> Payload:
-        work = self._work(step)
-        items, slots = len(work), work.slots
-        if self.request.graph:
-            items, slots = most_items(self.cut, step.batch, len(step.slot_mapping))
-        return self._fill(self._allocate(items, slots, step.block_table.device), work)
-
-    def update(self, step: Step, payload: Payload) -> Payload:
-        """The payload, filled for another step; its memory stays where it is, if the step fits it.
-
-        Raises:
-            ValueError: the step needs more than the payload has, and the request says ``graph=True``.
-        """
-        work = self._work(step)
-        if len(work) > payload.items or work.slots > payload.slots:
-            if self.request.graph:
-                raise ValueError(
-                    f"the step takes {len(work)} work items and {work.slots} partial results, and the plan has memory "
-                    f"for {payload.items} and {payload.slots}: plan the largest step before the capture"
-                )
-            payload = self._allocate(len(work), work.slots, payload.work.device)
-        return self._fill(payload, work)
-
-    def _work(self, step: Step) -> Work:
-        return work_of(self.cut, step.q_lens, step.kv_lens_host, len(step.slot_mapping))
-
-    def _allocate(self, items: int, slots: int, device: torch.device) -> Payload:
-        counters = slots * self.cut.programs
-        work = torch.empty(items * FIELDS + counters, dtype=torch.int32, device=device)
-        rows = max(1, slots * self.cut.programs * self.rows)
-        out = torch.empty(rows * self.request.v_head_dim, dtype=torch.float32, device=device)
-        lse = torch.empty(rows, dtype=torch.float32, device=device)
-        return Payload(0, work, work[items * FIELDS :], out, lse, items, slots)
-
-    def _fill(self, payload: Payload, work: Work) -> Payload:
-        items = payload.items if self.request.graph else len(work)
-        numbers = work.numbers
-        numbers.frombytes(bytes(4 * (payload.work.numel() - len(numbers))))
-        if numbers:
-            payload.work.copy_(torch.frombuffer(numbers, dtype=torch.int32), non_blocking=True)
-        payload.programs = items * self.cut.programs
-        return payload
 
     def __call__(
         self,
