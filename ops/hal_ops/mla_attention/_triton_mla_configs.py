@@ -1,7 +1,8 @@
 """Tile sizes of the Triton kernel of latent attention, as data: by what fits registers and shared memory.
 
-None of these is measured. Tiles of 64 rows
-spill registers where a latent has 512 elements. ``rows`` pairs of a query token and a head a program, entries of ``item`` bytes an element.
+A configuration is for tiles of up to ``rows`` pairs of a query token and a head, over entries of ``item`` bytes an
+element. None is measured. With latents of 512 tiles of 64 rows spill registers everywhere (``docs/_data/triton_aot.json``
+has those that do not).
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ from hal import Kernel
 from hal_nvidia import (
     flash_attn_2_kernels,
     flash_attn_3_kernels,
+    flash_attn_3_mla_kernels,
     flash_attn_4_kernels,
     flashinfer_kernels,
     flashinfer_op_kernels,
@@ -19,6 +20,7 @@ KERNELS: tuple[Kernel, ...] = (
     *sdpa_kernels.KERNELS,
     *flash_attn_2_kernels.KERNELS,
     *flash_attn_3_kernels.KERNELS,
+    *flash_attn_3_mla_kernels.KERNELS,
     *flash_attn_4_kernels.KERNELS,
     *flashinfer_kernels.KERNELS,
     *flashinfer_trtllm_kernels.KERNELS,

@@ -124,7 +124,7 @@ def flash_attn_varlen_func(
 
 
 def flash_attn_with_kvcache(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, k: None, v: None, qv: None, rotary_cos: None, rotary_sin: None,
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, k: None, v: None, qv: Tensor | None, rotary_cos: None, rotary_sin: None,
     cache_seqlens: Tensor, cache_batch_idx: None, cache_leftpad: None, page_table: Tensor, cu_seqlens_q: Tensor,
     cu_seqlens_k_new: None, max_seqlen_q: int, rotary_seqlens: None, q_descale: Tensor | None,
     k_descale: Tensor | None, v_descale: Tensor | None, softmax_scale: float, causal: bool, window_size: Any,
@@ -141,7 +141,11 @@ def flash_attn_with_kvcache(
         made_with = [max_seqlen_q, width, size, int(causal), *window_size, num_splits, int(softcap > 0)]
         _check_metadata(scheduler_metadata, len(lens), causal, window_size, max_seqlen_q, width, q.shape[-1], made_with)
     used = sum(lens)
-    rows = paged_rows(q[:used].split(lens), k_cache.float(), v_cache.float(), page_table, cache_seqlens.tolist())
+    q_all, k_all = q, k_cache
+    if qv is not None:
+        _check_qv(q, v_cache, qv)
+        q_all, k_all = torch.cat([q, qv], -1), torch.cat([k_cache, v_cache], -1)
+    rows = paged_rows(q_all[:used].split(lens), k_all.float(), v_cache.float(), page_table, cache_seqlens.tolist())
     rows = _scaled(rows, (q_descale, k_descale, v_descale), q, k_cache)
     settings = _settings(softmax_scale, causal, window_size, softcap, sinks)
     out, lse = attend_rows(rows, q, v_cache.shape[-1], **settings)
@@ -150,6 +154,15 @@ def flash_attn_with_kvcache(
     out, lse = _with_garbage(out, lse, q.shape[0])
     out = out.to(torch.bfloat16 if q.dtype == _FP8 else q.dtype)
     return (out, lse.t(), torch.empty(0), torch.empty(0)) if return_softmax_lse else out
+
+
+def _check_qv(q: Tensor, v: Tensor, qv: Tensor) -> None:
+    """The scores are of q and k and of qv and v together (``flash_api.cpp``, the checks of ``q_v_``)."""
+    require(q.dtype in (torch.float16, torch.bfloat16), "q_v is only supported for fp16 and bf16 data type")
+    require(q.shape[-1] <= 64, "q_v is only supported for head_size <= 64")
+    require(v.shape[-1] >= 256, "q_v is only supported for hdim_v >= 256.")
+    require(qv.shape == (*q.shape[:-1], v.shape[-1]), "q_v must have shape (total_q, num_heads, head_size_v)")
+    require(qv.dtype == q.dtype and qv.stride(-1) == 1, "q_v must have the same dtype as query, and be contiguous")
 
 
 def _check_metadata(

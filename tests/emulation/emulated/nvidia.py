@@ -20,7 +20,7 @@ from emulated import (
 )
 from emulated.library import Installed
 
-__all__ = ["LIBRARIES", "OPERATORS", "Emulated", "running", "running_on"]
+__all__ = ["LIBRARIES", "MLA", "OPERATORS", "Emulated", "running", "running_on"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +41,10 @@ LIBRARIES = {
     "fa2": Emulated(("flash-attn",), flash_attn_2.FUNCTIONS, "hal_nvidia._flash_attn_2", ("flash_attn_2_cuda",)),
     "fa3": Emulated(("flash-attn-3", "tokenspeed-fa3"), flash_attn_3.FUNCTIONS, "hal_nvidia._flash_attn_3"),
 }
+MLA = {
+    "fa3": Emulated(("flash-attn-3",), flash_attn_3.FUNCTIONS, "hal_nvidia._flash_attn_3_mla"),
+}
+"""Latent attention: the same distributions, other adapters."""
 OPERATORS = {
     "sdpa_flash": torch_attention.FLASH,
     "sdpa_efficient": torch_attention.EFFICIENT,
@@ -49,7 +53,9 @@ OPERATORS = {
 
 
 @contextlib.contextmanager
-def running(name: str, distribution: str = "", version: str = "") -> Iterator[Installed | None]:
+def running(
+    name: str, distribution: str = "", version: str = "", *, libraries: Mapping[str, Emulated] = LIBRARIES
+) -> Iterator[Installed | None]:
     """A library emulated and simulated as installed, in the newest kept version unless told otherwise.
 
     Gives its record of calls; None for torch's own operators.
@@ -58,7 +64,7 @@ def running(name: str, distribution: str = "", version: str = "") -> Iterator[In
         with operators.emulated_operators(OPERATORS[name]), hal.simulate(libraries={"torch": "2.13.0"}):
             yield None
         return
-    emulated = LIBRARIES[name]
+    emulated = libraries[name]
     distribution = distribution or emulated.distributions[0]
     version = version or signatures.versions(distribution)[-1]
     with (
