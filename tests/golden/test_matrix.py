@@ -20,6 +20,7 @@ from hal.testing import decision_matrix
 from hal_ops.attention import AttentionRequest
 from hal_ops.kv_cache import KvCacheWriteRequest
 from hal_ops.merge_states import MergeStatesRequest
+from hal_ops.mla_attention import MlaAttentionRequest
 
 GOLDEN = Path(__file__).parent / "decisions.json"
 
@@ -89,6 +90,8 @@ def requests() -> dict[str, Any]:
         "graph": AttentionRequest(**base, graph=True),
         "cache write": KvCacheWriteRequest(num_kv_heads=8, head_dim=128),
         "cache write fp8": KvCacheWriteRequest(num_kv_heads=8, head_dim=128, kv_dtype="float8_e4m3fn"),
+        "DeepSeek-V3 latent": MlaAttentionRequest(num_q_heads=128),
+        "DeepSeek-V3 latent graph": MlaAttentionRequest(num_q_heads=128, max_q_len=2, graph=True),
         "merge": MergeStatesRequest(num_heads=32, v_head_dim=128),
     }
     for name, fields in OPS.items():
