@@ -9,6 +9,7 @@ from hal_nvidia import (
     flash_attn_3_mla_kernels,
     flash_attn_4_kernels,
     flashinfer_kernels,
+    flashinfer_mla_kernels,
     flashinfer_op_kernels,
     flashinfer_trtllm_kernels,
     sdpa_kernels,
@@ -23,6 +24,7 @@ KERNELS: tuple[Kernel, ...] = (
     *flash_attn_3_mla_kernels.KERNELS,
     *flash_attn_4_kernels.KERNELS,
     *flashinfer_kernels.KERNELS,
+    *flashinfer_mla_kernels.KERNELS,
     *flashinfer_trtllm_kernels.KERNELS,
     *flashinfer_op_kernels.KERNELS,
 )

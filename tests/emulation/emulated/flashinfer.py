@@ -23,6 +23,7 @@ from torch import Tensor
 
 import hal
 from emulated.flashinfer_functions import FUNCTIONS, Masks, attention
+from emulated.flashinfer_mla import Mla
 from emulated.named import by_name
 from emulated.signatures import functions, signature
 
@@ -348,4 +349,5 @@ CLASSES: dict[str, type] = {
     PAGED: PagedPrefill,
     "BatchAttentionWithAttentionSinkWrapper": Sinks,
     "BatchDecodeWithPagedKVCacheWrapper": Decode,
+    "BatchMLAPagedAttentionWrapper": Mla,
 }

@@ -1,17 +1,20 @@
-"""Latent attention through flash-attention 3: by value at the corners of its declaration, and what is refused."""
+"""Latent attention through flash-attention 3 and flashinfer: right at the corners of what is declared, and what is not."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from emulated import hardware, nvidia, signatures
+from emulated import flashinfer, hardware, library, nvidia, signatures
 from emulated.library import Installed
 
 import hal
 from hal import testing
+from hal_nvidia import flashinfer_mla_kernels
+from hal_nvidia._flashinfer_pool import _idle
 from hal_ops.mla_attention import PHASES, MlaAttentionRequest
 from hal_ops.mla_attention.cases import make_case
 
@@ -107,3 +110,87 @@ def test_a_handle_on_hopper_takes_pages_that_it_reads_right(fa3: Installed) -> N
     handle = hal.get_mla_attention(num_q_heads=128, device=hardware.device_of("sm_90"), kernel="fa3")
     assert handle.request.page_size == 16
     assert (handle.kernels()["extend"], handle.kernels()["decode"]) == ("fa3.mla_extend", "fa3.mla_decode")
+
+
+WRAPPER = "BatchMLAPagedAttentionWrapper"
+FLASHINFER = {kernel.name: kernel for kernel in flashinfer_mla_kernels.KERNELS}
+VERSIONS = [v for v in signatures.versions(flashinfer.LIBRARY) if hal.Version.parse(v).satisfies("<0.7")]
+
+
+@contextlib.contextmanager
+def wrapped(arch: str = "sm_90", version: str = "") -> Iterator[Installed]:
+    """flashinfer, in the newest version that is declared unless told otherwise."""
+    version = version or VERSIONS[-1]
+    functions = flashinfer.emulations(version, arch)
+    with (
+        hal.simulate(libraries={"torch": "2.13.0", flashinfer.LIBRARY: version}),
+        library.installed(flashinfer.LIBRARY, version, functions) as held,
+    ):
+        yield held
+    _idle.clear()
+
+
+@pytest.mark.parametrize("name", FLASHINFER)
+def test_flashinfer_is_right_at_the_corners_of_its_declaration(name: str) -> None:
+    with wrapped() as held:
+        given = testing.corners(FLASHINFER[name], device=hardware.device_of("sm_90"))
+        assert len(given) > 10
+        assert [str(r) for r in (hardware.check(FLASHINFER[name], x) for x in given) if not r.ok] == []
+        assert held.called(f"{WRAPPER}.run")
+        assert {c.arguments["backend"] for c in held.called(f"{WRAPPER}.__init__")} == {name[11:14]}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_flashinfers_calls_bind_to_the_signatures_of_every_version(version: str) -> None:
+    assert len(VERSIONS) > 5
+    with wrapped(version=version):
+        for name in FLASHINFER:
+            result = hardware.check(FLASHINFER[name], request_of(return_lse=True, max_q_len=2, num_q_heads=128))
+            assert result.ok, str(result)
+
+
+@pytest.mark.parametrize("arch", FLASHINFER["flashinfer_fa2.mla_decode"].platforms["nvidia"].only)
+def test_flashinfers_path_runs_for_every_arch(arch: str) -> None:
+    with wrapped(arch):
+        result = hardware.check(FLASHINFER["flashinfer_fa2.mla_decode"], request_of(), arch)
+        assert result.ok, str(result)
+
+
+def test_flashinfer_is_given_one_plan_a_step_and_two_views_of_the_cache() -> None:
+    hal.reset()
+    with wrapped() as held:
+        handle = hal.get_mla_attention(
+            num_q_heads=4, dtype="float16", device=hardware.device_of("sm_90"), kernel={"decode": "flashinfer_fa3"}
+        )
+        cache = handle.allocate_kv_cache(8)
+        plan = handle.plan(q_lens=[1, 1], kv_lens=[40, 9], block_table=[[1, 0], [2, 0]], max_batch=3)
+        for _ in range(2):
+            out = handle(torch.randn(3, 4, 576).half(), cache=cache, plan=plan)
+            assert not out[2].any(), "no row has the third token"
+        assert len(held.called(f"{WRAPPER}.plan")) == 1
+        plan.update(q_lens=[1], kv_lens=[5], block_table=[[3]])
+        assert handle(torch.randn(1, 4, 576).half(), cache=cache, plan=plan).shape == (1, 4, 512)
+        ran = held.called(f"{WRAPPER}.run")[0].arguments
+        assert ran["kpe_cache"].data_ptr() == ran["ckv_cache"].data_ptr() + 2 * 512
+        assert held.called(f"{WRAPPER}.plan")[0].arguments["kv_len_arr"].tolist() == [40, 9, 0]
+    hal.reset()
+
+
+def test_a_step_that_flashinfers_plan_has_no_room_for_is_an_error() -> None:
+    from hal_nvidia import _flashinfer_mla
+
+    with wrapped():
+        made = _flashinfer_mla.fa2_decode(request_of(num_q_heads=128), hardware.device_of("sm_90"))
+        case = make_case(request_of(num_q_heads=1), "decode", lengths=[(1, 1)])
+        step = case.args[2]
+        step.q_lens = (1,) * 9000
+        with pytest.raises(ValueError, match="16384"):
+            made.plan(step)
+
+
+def test_flashinfer_of_0_7_is_refused() -> None:
+    with hal.simulate("nvidia:sm_90,cuda=12.8", libraries={"torch": "2.13.0", flashinfer.LIBRARY: "0.7.4"}):
+        candidates = hal.select(request_of()).choices["decode"].candidates
+    texts = [str(c.reasons[0]) for c in candidates if c.kernel.name in FLASHINFER]
+    assert len(texts) == 2
+    assert all("0.7" in text for text in texts)

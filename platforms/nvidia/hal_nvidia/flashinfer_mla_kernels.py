@@ -1,0 +1,60 @@
+"""What is declared about flashinfer's wrapper for latent attention, beside :mod:`hal_nvidia.flashinfer_kernels`.
+
+Read from flashinfer-python 0.5.3 to 0.6.18.post1 (``flashinfer/mla*``, ``include/flashinfer/attention/mla*.cuh``):
+
+* archs: fa2 wants 92672 bytes of shared memory a multiprocessor, and has tiles for that, for 147968 and for 221696
+  (``DISPATCH_SMEM_CONFIG``); fa3 is built for sm_90a alone.
+* dims 512 and 64, of which its documentation speaks; float16 and bfloat16; any page size and strides, which are told
+  for queries and caches apart. Slots past a row's length are read as zeros (``kFillZero``).
+* the LSE is in base 2. The scale is explicit. Rows without keys cannot be: a step's queries are among its keys.
+* graphs are not declared: the size of the launch depends on the mean number of queries a row (``MLAPlan``,
+  ``cluster_size``), and rows that a smaller step leaves empty change it.
+* 0.7 is not declared: 0.7.4's ``plan`` reads page ids back from the device (``_fa_common.py``, ``torch.aminmax``).
+
+Bands: as flashinfer's other decode kernels where fa3 is, and as its prefill where fa2 is; not measured here.
+"""
+
+from __future__ import annotations
+
+from hal import Anything, Archs, Band, Constraint, Kernel, Needs, OneOf, Range, SameAs
+from hal_nvidia.flashinfer_kernels import toolkit, versions_from
+
+__all__ = ["KERNELS"]
+
+_FA2_ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121")
+_BECAUSE = "from 0.7 on planning may wait for the device"
+_FIELDS: dict[str, Constraint] = {
+    "num_q_heads": Anything((1, 6, 16)),
+    "kv_lora_rank": OneOf(512),
+    "qk_rope_head_dim": OneOf(64),
+    "dtype": OneOf("bfloat16", "float16"),
+    "kv_dtype": SameAs("dtype"),
+    "page_size": Range(1, None, (16, 48)),
+    "max_q_len": Range(1, None, (4,)),
+    "causal": OneOf(True, False),
+    "softmax_scale": Range(2**-8, 8, (0.3,)),
+    "return_lse": OneOf(False, True),
+}
+
+
+def _kernel(backend: str, priority: int, archs: tuple[str, ...]) -> Kernel:
+    return Kernel(
+        name=f"flashinfer_{backend}.mla_decode",
+        op="mla_attention",
+        phase="decode",
+        target=f"hal_nvidia._flashinfer_mla:{backend}_decode",
+        priority=priority,
+        platforms={"nvidia": Archs(only=archs)},
+        needs=(Needs("torch", ">=2.6"), versions_from(">=0.5.3,<0.7", _BECAUSE)),
+        capabilities=frozenset({"bf16"}),
+        fields=_FIELDS,
+        check=toolkit,
+        evidence={"*": "emulated"},
+        note=f"BatchMLAPagedAttentionWrapper, {backend}",
+    )
+
+
+KERNELS = (
+    _kernel("fa3", Band.SPECIALIZED + 35, ("sm_90",)),
+    _kernel("fa2", Band.PERFORMANT + 30, _FA2_ARCHS),
+)
