@@ -78,11 +78,11 @@ _ROWS: dict[str, Request] = {
 _LENGTHS = {"prefill": ((16, 16),), "extend": ((4, 16),) * 4, "decode": ((1, 16),) * 4}
 
 
-def pairs(device: hal.Device, word: str = "") -> Iterator[tuple[str, Call, Call]]:
-    """(name, direct call, the adapter's call) of each kernel that can run on the device and has ``word`` in its name."""
+def pairs(device: hal.Device, *begin: str) -> Iterator[tuple[str, Call, Call]]:
+    """(name, direct call, the adapter's call) of each kernel that can run here; of some, by how their names begin."""
     around = circumstances(device)
     for kernel in _plugins.registry().kernels.values():
-        if word not in kernel.name:
+        if not kernel.name.startswith(begin or ("",)):
             continue
         request = _request(kernel)
         if kernel.library in WATCHED and request is not None and not refusals(kernel, request, around):

@@ -1,10 +1,10 @@
 """What adapters cost on the host, over calling their libraries directly with the same tensors. Needs the device.
 
-    python benchmarks/adapters.py [-k WORD] [--json benchmarks/results/adapters-<machine>.json]
+    python benchmarks/adapters.py [NAME ...] [--json benchmarks/results/adapters-<machine>.json]
 
 Both calls are measured turn by turn in one process; figures are medians in microseconds, and the ratio is that of the
-two medians. The budget is 2 us; the exit code is 1 if a call is over it. ``-k`` takes kernels whose names hold the word
-(flashinfer compiles each on first use, 10 to 110 seconds).
+two medians. The budget is 2 us; the exit code is 1 if a call is over it. With names, only kernels that begin so are
+measured: ``sdpa fa`` leaves out flashinfer, which compiles each of its kernels on first use, 10 to 110 seconds.
 """
 
 from __future__ import annotations
@@ -79,16 +79,16 @@ def report(device: hal.Device, found: dict[str, Figures]) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-k", default="", metavar="WORD")
+    parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     device = hal.device()
     found = {}
-    for name, direct, adapter in pairs(device, options.k):
+    for name, direct, adapter in pairs(device, *options.names):
         found[name] = in_turns(direct, adapter)
         print(f"measured {name}", file=sys.stderr)
     if not found:
-        print(f"no library of {device} with {options.k!r} in a kernel's name can run here")
+        print(f"no kernel of {device} that begins with {' or '.join(options.names) or 'anything'} can run here")
         return 1
     print(table(found))
     if options.json:
