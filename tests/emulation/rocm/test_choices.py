@@ -283,6 +283,25 @@ def test_a_sequence_through_every_phase_of_a_handle(
     assert dict(os.environ) == environment
 
 
+@pytest.mark.parametrize("scales", [(1.0, 1.0), (0.5, 2.0)])
+def test_an_fp8_cache_is_read_as_it_was_written(
+    scales: tuple[float, float], library: emulated.library.Installed
+) -> None:
+    # requirement B6, P29, P30
+    with hal.override(op_kv_cache_write="torch"):  # Triton's cannot run here
+        attn, right = handle(page_size=128, kv_dtype="fp8"), handle(page_size=128, kernel="reference")
+    assert attn.request.kv_dtype == "float8_e4m3fnuz"
+    assert attn.kernels()["decode"] == "aiter_triton.decode"
+    cache = attn.allocate_kv_cache(2, k_scale=scales[0], v_scale=scales[1])
+    q, k, v = (torch.randn(9, heads, 64, dtype=torch.bfloat16) for heads in (4, 2, 2))
+    steps = [attn.plan(q_lens=[n], kv_lens=[end], block_table=[[1]]) for n, end in ((8, 8), (1, 9))]
+    attn(q[:8], k[:8], v[:8], cache=cache, plan=steps[0])
+    out = attn(q[8:], k[8:], v[8:], cache=cache, plan=steps[1])
+    held = cache.k[1, :9].float() * scales[0]
+    torch.testing.assert_close(held, k.float(), atol=0.02, rtol=0.07)
+    torch.testing.assert_close(out, right(q[None], k[None], v[None])[0, 8:], atol=0.1, rtol=0.1)
+
+
 def test_forced_elsewhere_nothing_of_aiter_is_called(library: emulated.library.Installed) -> None:
     # requirement C1, P26
     attn = handle(kernel="reference")
