@@ -70,6 +70,10 @@ TARGETS = {
 }
 
 
+STACK = 32
+"""Bytes a thread that ptxas may keep on the stack of a main path: eight registers, outside loops as a rule."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Variant:
     """One kernel with one configuration.
@@ -223,8 +227,9 @@ def fault(row: Mapping[str, Any]) -> str:
         return str(row["error"])
     if row["shared"] > row["shared_limit"]:
         return f"{row['shared']} bytes of shared memory; {row['target']} gives a block {row['shared_limit']}"
-    spilled = row.get("spilled", row["stack"])
-    return f"{spilled} bytes or registers spilled" if row["main"] and spilled else ""
+    if "spilled" in row:
+        return f"registers spilled: {row['spilled']}" if row["main"] and row["spilled"] else ""
+    return f"{row['stack']} bytes spilled" if row["main"] and row["stack"] > STACK else ""
 
 
 def _row(task: tuple[Variant, str]) -> dict[str, Any]:
@@ -262,13 +267,10 @@ def main() -> int:
 def _still_true(rows: list[dict[str, Any]], tasks: list[tuple[Variant, str]]) -> list[dict[str, Any]]:
     """Rows of variants that exist as they were, and are not compiled again now."""
     now = {(v.kernel, v.label, target) for v, target in tasks}
-    digests = {(v.kernel, v.label): v.digest() for v in variants()}
-    return [
-        row
-        for row in rows
-        if (row["kernel"], row["label"], row["target"]) not in now
-        and digests.get((row["kernel"], row["label"])) == row["digest"]
-    ]
+    known = {(v.kernel, v.label): v for v in variants()}
+    kept = [row for row in rows if (row["kernel"], row["label"], row["target"]) not in now]
+    still = [(row, known[key]) for row in kept if (key := (row["kernel"], row["label"])) in known]
+    return [{**row, "main": variant.main} for row, variant in still if variant.digest() == row["digest"]]
 
 
 def _shown(row: dict[str, Any]) -> dict[str, Any]:

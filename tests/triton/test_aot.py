@@ -57,8 +57,10 @@ def test_no_variant_is_refused_spills_or_asks_for_too_much_shared_memory(aot: Mo
 def test_faults_are_seen(aot: ModuleType) -> None:
     row = {"target": "sm_80", "shared": 1 << 10, "shared_limit": 1 << 17, "stack": 0, "main": True}
     assert aot.fault(row) == ""
-    assert "spilled" in aot.fault({**row, "stack": 8})
-    assert aot.fault({**row, "stack": 8, "main": False}) == ""
+    assert aot.fault({**row, "stack": aot.STACK}) == ""
+    assert "40 bytes spilled" in aot.fault({**row, "stack": 40})
+    assert aot.fault({**row, "stack": 40, "main": False}) == ""
+    assert "registers spilled: 1" in aot.fault({**row, "spilled": 1})
     assert aot.fault({**row, "stack": 64, "spilled": 0}) == ""
     assert "sm_80 gives a block 131072" in aot.fault({**row, "shared": 1 << 18})
     assert aot.fault({**row, "error": "no"}) == "no"

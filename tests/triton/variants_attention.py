@@ -107,17 +107,13 @@ def _variant(
         n for n in signature if n in ("q", "k", "v", "out") or (n.endswith("stride") and n != "table_stride")
     )
     constants = {n: known[n] for n in names if n in known}
-    return Variant(
-        kernel, label, signature, constants, aligned, options, targets, _must_fit(kernel, request, targets[0])
-    )
+    return Variant(kernel, label, signature, constants, aligned, options, targets, _must_fit(request, targets[0]))
 
 
-def _must_fit(kernel: str, request: AttentionRequest, arch: str) -> bool:
+def _must_fit(request: AttentionRequest, arch: str) -> bool:
     """Whether not to spill is asked: of 16-bit formats, but for heads of 256 on gfx11, whose 256 registers are too few,
-    and for the kernel of every arch on sm_90, which has one made for it, and whose tiles are the fastest measured."""
-    if kernel in (PREFILL, EXTEND) and arch == "sm_90":
-        return False
-    return request.dtype != "float32" and not (arch.startswith("gfx11") and request.head_dim > 128)
+    and on sm_90, whose tiles are the fastest of those that were measured, whatever they spill."""
+    return request.dtype != "float32" and arch != "sm_90" and not (arch.startswith("gfx11") and request.head_dim > 128)
 
 
 def _type(name: str, config: Config | Hopper, request: AttentionRequest, constants: dict[str, Any]) -> str:
