@@ -22,7 +22,8 @@ _MODULES = {"rotary_kv_cache_write": "rotary_write", "kv_pages_copy": "copy", "k
 _TRITON_FLOATS = ("float16", "bfloat16", "float32")
 _FLOATS = (*_TRITON_FLOATS, "float64")
 _FLAG = OneOf(False, True)
-_COMPILED = dict.fromkeys(("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950", "gfx1100"), "compiled")
+_ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201")
+_COMPILED = dict.fromkeys(_ARCHS, "compiled")
 
 Fields = dict[str, Constraint]
 
