@@ -250,3 +250,19 @@ def test_capabilities_are_named(arch: str, has: set[str], lacks: set[str]) -> No
         found = hal.device().capabilities
     assert has <= found
     assert found.isdisjoint(lacks)
+
+
+def test_a_newer_toolkit_is_a_near_miss() -> None:
+    # requirement X19, P28
+    with hal.simulate("musa:mp_31,musa=4.2", libraries={**MUSA, "triton": "3.2.0"}):
+        first = hal.select(LLAMA).near_misses()[0]
+        assert first.text() == "with musa >=4.3.6: mate.prefill, mate.extend, mate.decode would be chosen"
+        assert first.install == ("with musa >=4.3.6",)
+
+
+def test_an_arch_that_nobody_knows_is_said_to_be_unknown() -> None:
+    # requirement X16, X19
+    with hal.simulate("musa:mp_99,musa=9.9", libraries={**MUSA, "triton": "3.2.0"}):
+        (reason,) = reasons(LLAMA, "decode", "triton.decode")
+        assert str(reason) == "what mp_99 can do is not known; this needs triton"
+        assert hal.select(LLAMA).kernels()["decode"] == "reference.decode"
