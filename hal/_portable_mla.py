@@ -11,10 +11,8 @@ __all__ = ["kernels"]
 
 _FLAG = OneOf(False, True)
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
-_COMPILED = {
-    **dict.fromkeys(("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950", "gfx1100"), "compiled"),
-    "*": "claimed",
-}
+_ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201")
+_COMPILED = {**dict.fromkeys(_ARCHS, "compiled"), "*": "claimed"}
 _FIELDS: dict[str, Constraint] = {
     "num_q_heads": Anything((1, 6, 16)),
     "kv_lora_rank": Range(1, None, (512, 48)),
