@@ -12,7 +12,7 @@ __all__ = ["kernels"]
 _FLAG = OneOf(False, True)
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
 _ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201")
-_COMPILED = {**dict.fromkeys(_ARCHS, "compiled"), "*": "claimed"}
+_EVIDENCE = {**dict.fromkeys(_ARCHS, "compiled"), "sm_90": "run", "*": "claimed"}
 _FIELDS: dict[str, Constraint] = {
     "num_q_heads": Anything((1, 6, 16)),
     "kv_lora_rank": Range(1, None, (512, 48)),
@@ -82,5 +82,5 @@ def _triton(phase: str) -> Kernel:
         capabilities=frozenset({"triton"}),
         needs=(TORCH, TRITON),
         fields=fields,
-        evidence=_COMPILED,
+        evidence=_EVIDENCE,
     )

@@ -149,6 +149,7 @@ KERNELS = (
         check=_efficient_check,
         copies="q of ragged batches, with needs_grad (masked where no key is seen)",
         note="CUTLASS kernels inside torch",
+        evidence={"sm_90": "run", **_EMULATED},
     ),
     _kernel(
         "sdpa_cudnn",
