@@ -24,6 +24,8 @@ from hal_ops import Request, resolve_target
 from hal_ops.attention import AttentionRequest
 from hal_ops.attention.cases import make_case
 from hal_ops.gelu_and_mul import GeluAndMulRequest
+from hal_ops.mla_attention import MlaAttentionRequest
+from hal_ops.mla_attention.cases import make_case as make_latent_case
 from hal_ops.rms_norm import RmsNormRequest
 from hal_ops.silu_and_mul import SiluAndMulRequest
 
@@ -64,6 +66,12 @@ WATCHED: dict[str, tuple[str, ...]] = {
 }
 """Library to the functions that its adapters call, ``"module:name"``; what a version lacks is passed over."""
 
+LATENT: dict[str, tuple[str, ...]] = {
+    "fa3": ("hal_nvidia._flash_attn_3_mla:flash_attn_with_kvcache",),
+    **dict.fromkeys(("flashinfer_fa2", "flashinfer_fa3"), ("flashinfer:BatchMLAPagedAttentionWrapper.run",)),
+}
+"""The same for latent attention."""
+
 _BASE: dict[str, Any] = {"num_q_heads": 8, "num_kv_heads": 8, "head_dim": 128, "dtype": "bfloat16"}
 _CACHES: dict[str, dict[str, Any]] = {
     "fa2": {"page_size": 256},
@@ -85,12 +93,18 @@ def pairs(device: hal.Device, *begin: str) -> Iterator[tuple[str, Call, Call]]:
         if not kernel.name.startswith(begin or ("",)):
             continue
         request = _request(kernel)
-        if kernel.library in WATCHED and request is not None and not refusals(kernel, request, around):
+        if _watched_of(kernel) and request is not None and not refusals(kernel, request, around):
             for form in ("dense", "ragged") if kernel.phase == "prefill" else ("",):
                 yield (f"{kernel.name} {form}".rstrip(), *_pair(kernel, request, device, form))
 
 
+def _watched_of(kernel: hal.Kernel) -> tuple[str, ...]:
+    return (LATENT if kernel.op == "mla_attention" else WATCHED).get(kernel.library, ())
+
+
 def _request(kernel: hal.Kernel) -> Request | None:
+    if kernel.op == "mla_attention":
+        return MlaAttentionRequest(num_q_heads=16, page_size=16, phases=(kernel.phase,))
     if kernel.op != "attention":
         return _ROWS.get(kernel.op)
     cache = {"page_size": 16, "kv_layout": "NHD", **_CACHES.get(kernel.library, {})}
@@ -99,11 +113,11 @@ def _request(kernel: hal.Kernel) -> Request | None:
 
 def _pair(kernel: hal.Kernel, request: Request, device: hal.Device, form: str) -> tuple[Call, Call]:
     make = functools.partial(_prepared, kernel, request, device, form)
-    with _watching(WATCHED[kernel.library]) as seen:
+    with _watching(_watched_of(kernel)) as seen:
         watched = make()
         out = watched()
     if not seen:
-        raise RuntimeError(f"{kernel.name} called none of {', '.join(WATCHED[kernel.library])}")
+        raise RuntimeError(f"{kernel.name} called none of {', '.join(_watched_of(kernel))}")
     return _with_views(seen[-1], watched, out), make()
 
 
@@ -139,17 +153,30 @@ def _prepared(kernel: hal.Kernel, request: Request, device: hal.Device, form: st
     """The adapter's call, ready to be made again and again: planned once, as a step is for all layers."""
     implementation = resolve_target(kernel.target)(request, device)
     place = device.torch_device()
+    if isinstance(request, MlaAttentionRequest):
+        latent = make_latent_case(request, kernel.phase, device=place, lengths=_LENGTHS[kernel.phase])
+        return functools.partial(implementation, *latent.args, implementation.plan(latent.args[-1]), **latent.kwargs)
     if not isinstance(request, AttentionRequest):
         inputs = [x.to(place) for x in _inputs(request)]
         return functools.partial(implementation, *inputs)
     lengths = _LENGTHS[kernel.phase]
     case = make_case(request, kernel.phase, device=place, lengths=lengths, **({"form": form} if form else {}))
+    if form == "ragged":
+        made, bounds = _of_a_step(implementation, lengths[0][0], place)
+        return functools.partial(made, *case.args, **bounds)
     if kernel.phase == "prefill":
-        if form == "ragged" and hasattr(implementation, "for_step"):
-            table = torch.zeros(1, 1, dtype=torch.int32)
-            implementation = implementation.for_step(make_step(*zip(*lengths, strict=True), table, 16, place))
         return functools.partial(implementation, *case.args, **case.kwargs)
     return functools.partial(implementation, *case.args, implementation.plan(case.args[3]), **case.kwargs)
+
+
+def _of_a_step(implementation: Any, length: int, place: torch.device) -> tuple[Any, dict[str, Any]]:
+    """The call of a planned step, whose keys are its queries' own, as a handle makes it."""
+    step = make_step([length], [length], torch.zeros(1, 1, dtype=torch.int32), 16, place)
+    cu, longest = step.cu_seqlens_q, step.max_q_len
+    lengths = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": longest, "max_seqlen_k": longest}
+    for_step = getattr(implementation, "for_step", None)
+    made = implementation if for_step is None else for_step(step)
+    return made, lengths
 
 
 def _inputs(request: Request) -> list[Any]:

@@ -67,15 +67,15 @@ class _Prefill:
         return self._ragged(q, k, v, cu_seqlens_q, cu_seqlens_k, bounds, return_lse)
 
     def _dense(self, q: Tensor, k: Tensor, v: Tensor, return_lse: bool) -> Any:
-        empty = max(0, q.shape[1] - k.shape[1]) if self._causal else 0
-        q = q[:, empty:] if empty else q
+        empty = q.size(1) - k.size(1) if self._causal else 0
+        q = q[:, empty:] if empty > 0 else q
         wanted = return_lse or self._needs_grad
         found = forward(q, k, v, None, None, None, None, None, 0.0, self._mask, wanted, scale=self._scale)
-        out = functional.pad(found[0], (0, 0, 0, 0, empty, 0)) if empty else found[0]
+        out = functional.pad(found[0], (0, 0, 0, 0, empty, 0)) if empty > 0 else found[0]
         if not return_lse:
             return out
         lse = found[1][:, :, : q.shape[1]].transpose(1, 2)
-        return out, functional.pad(lse, (0, 0, empty, 0), value=-torch.inf) if empty else lse
+        return out, functional.pad(lse, (0, 0, empty, 0), value=-torch.inf) if empty > 0 else lse
 
     def _ragged(
         self, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, bounds: tuple[int, int], return_lse: bool

@@ -40,7 +40,7 @@ def prefill(request: AttentionRequest, device: hal.Device) -> PrefillAttention:
         if not q.numel() or not k.numel():
             return nothing(q, v_head_dim, return_lse)
         if cu_seqlens_q is None:
-            longest_q, longest_k = q.shape[1], k.shape[1]
+            longest_q, longest_k = q.size(1), k.size(1)
         else:
             longest_q, longest_k = longest_query(q, cu_seqlens_q, max_seqlen_q), max_seqlen_k or k.shape[0]
         found = forward(

@@ -17,8 +17,8 @@ Read from upstream's ``hopper/`` at 203b9b3d (2025-08-29), 701ebe05 and 0251105a
   ``flash_attn_3._C`` (``hopper/setup.py``, ``ext_modules``; in the wheel of tokenspeed-fa3 too) proves the right one.
 
 Band: on 9.0 the fastest for long prompts (H100: 740 TFLOP/s forward in 16 bits, says the FlashAttention-3 paper):
-specialized. Measured here on an H200 (``benchmarks/results``): prefill and extend a tenth faster than the portable
-kernels, decode slower than them. On 8.0 nothing is known that it does better than flash-attention 2: below that one.
+specialized. Measured here on an H200 (``benchmarks/results``): prefill and extend a tenth to a fifth faster than
+the portable kernels, decode slower than them. On 8.0 nothing is known that it does better than flash-attention 2: below that one.
 """
 
 from __future__ import annotations
@@ -217,8 +217,8 @@ def _kernel(phase: str, check: object, more: Mapping[str, Constraint], copies: s
         check=check,  # type: ignore[arg-type]
         built_archs=_built_archs,
         copies=copies,
-        evidence={"*": "emulated"},
-        note="flash-attention 3",
+        evidence={"sm_90": "run", "*": "emulated"},
+        note="flash-attention 3; run without softcap, LSE or gradients, with them emulated",
     )
 
 
