@@ -18,7 +18,8 @@ Read from upstream's ``hopper/`` at 203b9b3d (2025-08-29), 701ebe05 and 0251105a
 
 Band: on 9.0 the fastest for long prompts (H100: 740 TFLOP/s forward in 16 bits, says the FlashAttention-3 paper):
 specialized. Measured here on an H200 (``benchmarks/results``): prefill and extend a tenth to a fifth faster than
-the portable kernels, decode slower than them. On 8.0 nothing is known that it does better than flash-attention 2: below that one.
+the portable kernels, decode slower than them. On 8.0 nothing is known that it does better than flash-attention 2:
+below that one.
 """
 
 from __future__ import annotations
