@@ -29,8 +29,9 @@ _FIELDS: dict[str, Constraint] = {
 
 
 def kernels() -> tuple[Kernel, ...]:
-    """Both phases of latent attention: the reference anywhere, torch on the CPU, and Triton."""
-    return tuple(made for phase in PHASES for made in (_reference(phase), _torch(phase), _triton(phase)))
+    """Both phases of latent attention: the reference and torch anywhere, torch's own on the CPU, and Triton."""
+    makers = (_reference, _torch, _torch_cpu, _triton)
+    return tuple(make(phase) for phase in PHASES for make in makers)
 
 
 def _reference(phase: str) -> Kernel:
@@ -48,12 +49,28 @@ def _reference(phase: str) -> Kernel:
 
 
 def _torch(phase: str) -> Kernel:
+    """For devices that Triton is not for."""
+    return Kernel(
+        name=f"torch.mla_{phase}",
+        op="mla_attention",
+        phase=phase,
+        target=f"hal_ops.mla_attention.torch_latent:{phase}",
+        priority=Band.PORTABLE,
+        needs=(TORCH,),
+        fields=_FIELDS,
+        evidence={"x86_64": "run"},
+        copies="the latents of each row into one block a call, in float32",
+        note="torch matrix products",
+    )
+
+
+def _torch_cpu(phase: str) -> Kernel:
     return Kernel(
         name=f"torch_cpu.mla_{phase}",
         op="mla_attention",
         phase=phase,
         target=f"hal_ops.mla_attention.torch_mla:{phase}",
-        priority=Band.PORTABLE,
+        priority=Band.PORTABLE + 10,
         platforms={"cpu": Archs()},
         needs=(TORCH,),
         fields=_FIELDS,

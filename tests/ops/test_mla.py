@@ -9,7 +9,7 @@ import torch
 
 from hal_ops import resolve_target
 from hal_ops.attention.paged_inputs import make_step
-from hal_ops.mla_attention import MLA_ATTENTION, PHASES, MlaAttentionRequest, torch_mla
+from hal_ops.mla_attention import MLA_ATTENTION, PHASES, MlaAttentionRequest, torch_latent, torch_mla
 from hal_ops.mla_attention.cases import make_case
 
 SMALL: dict[str, Any] = {
@@ -77,7 +77,8 @@ def test_torch_computes_what_the_reference_does(phase: str, dtype: str) -> None:
     for more in ({}, {"causal": False}, {"return_lse": True, "max_q_len": 3}, {"softmax_scale": 0.3, "page_size": 7}):
         request = MlaAttentionRequest(**{**SMALL, **more, "dtype": dtype})
         for scale in ("normal", "large", "outliers"):
-            for factory in (getattr(torch_mla, phase), resolve_target(MLA_ATTENTION.reference[phase])):
+            of_torch = (getattr(torch_mla, phase), getattr(torch_latent, phase))
+            for factory in (*of_torch, resolve_target(MLA_ATTENTION.reference[phase])):
                 case = make_case(request, phase, seed=1, scale=scale)
                 for comparison in case.check(factory(request, "cpu")):
                     assert comparison.ok, comparison
@@ -100,5 +101,27 @@ def test_the_reference_is_the_formula() -> None:
 
 
 def test_what_torch_does_not_do_it_refuses() -> None:
-    with pytest.raises(ValueError, match="graph"):
-        torch_mla.decode(MlaAttentionRequest(**SMALL, graph=True), "cpu")
+    for module in (torch_mla, torch_latent):
+        with pytest.raises(ValueError, match="graph"):
+            module.decode(MlaAttentionRequest(**SMALL, graph=True), "cpu")
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("phase", PHASES)
+def test_products_of_long_rows_are_cut(phase: str, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_latent, "_SCORES_AT_ONCE", 400)
+    request = MlaAttentionRequest(**SMALL, max_q_len=3, causal=causal, return_lse=True)
+    lengths = [(3, 50), (3, 48), (3, 50), (3, 3)] if phase == "decode" else [(40, 50), (7, 7), (0, 9), (7, 9), (0, 0)]
+    case = make_case(request, phase, lengths=lengths)
+    for comparison in case.check(torch_latent.extend(request, "cpu")):
+        assert comparison.ok, comparison
+
+
+def test_products_give_nothing_for_rows_without_keys() -> None:  # requirement B15
+    request = MlaAttentionRequest(**SMALL, return_lse=True)
+    step = make_step([1, 1], [0, 3], torch.tensor([[7], [0]]), 16)
+    implementation = torch_latent.decode(request, "cpu")
+    q, cache = torch.randn(3, 6, 48), torch.randn(1, 16, 48)
+    out, lse = implementation(q, cache, step, implementation.plan(step), return_lse=True)
+    assert [bool(row.any()) for row in out] == [False, True, False]
+    assert [bool((row == -torch.inf).all()) for row in lse] == [True, False, True]
