@@ -1,4 +1,4 @@
-"""Well-known models as attention requests: what ``hal doctor`` decides for, and what ``hal lock`` locks.
+"""Well-known models as requests of attention: what ``hal doctor`` decides for, and what ``hal lock`` locks.
 
 Head counts, dims, windows, caps and scales are those of each model's public configuration; ``source`` says which.
 A window of W counts W keys, the query's own included, as these configurations do.
@@ -13,18 +13,23 @@ from typing import Any
 from hal._device import Device
 from hal_ops import Request
 from hal_ops.attention import AttentionRequest
+from hal_ops.mla_attention import MlaAttentionRequest
 
 __all__ = ["MODELS", "Model", "requests_for"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model's attention layers, which share one cache; ``layers`` maps each kind to what it adds to ``fields``."""
+    """A model's attention layers, which share one cache; ``layers`` maps each kind to what it adds to ``fields``.
+
+    ``request`` is the op's: latent attention is an op of its own, whose cache has no FP8 form.
+    """
 
     name: str
     source: str
     fields: Mapping[str, Any]
     layers: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=lambda: {"": {}})
+    request: type[Request] = AttentionRequest
 
     @property
     def cached(self) -> bool:
@@ -35,6 +40,8 @@ class Model:
 def _heads(q: int, kv: int, dim: int, **features: Any) -> dict[str, Any]:
     return {"num_q_heads": q, "num_kv_heads": kv, "head_dim": dim, **features}
 
+
+_DEEPSEEK = "config.json of deepseek-ai/DeepSeek-V3; prompts are attended to with a key and a value a head"
 
 MODELS = (
     Model("Llama-3-8B", "config.json of meta-llama/Meta-Llama-3-8B", _heads(32, 8, 128)),
@@ -64,6 +71,8 @@ MODELS = (
         "config.json of sentence-transformers/all-MiniLM-L6-v2",
         _heads(12, 12, 32, causal=False, phases=("prefill",)),
     ),
+    Model("DeepSeek-V3", _DEEPSEEK, {"num_q_heads": 128}, request=MlaAttentionRequest),
+    Model("DeepSeek-V3 prompts", _DEEPSEEK, _heads(128, 128, 192, v_head_dim=128, phases=("prefill",))),
 )
 
 
@@ -71,10 +80,11 @@ def requests_for(model: Model, device: Device) -> dict[str, dict[str, Request]]:
     """Name of a cache format to the requests of the model's layers, by kind.
 
     The formats are the compute dtype (bfloat16 where the device has it, else float16), and FP8 where the device
-    declares a format of its own. A model without a cache has the one entry ``""``.
+    declares a format of its own and the op has caches of it. A model without a cache has the one entry ``""``.
     """
     dtype = "float16" if device.capabilities and "bf16" not in device.capabilities else "bfloat16"
-    caches = [dtype, "fp8"] if device.capabilities & {"fp8_e4m3fn", "fp8_e4m3fnuz"} else [dtype]
+    has_fp8 = device.capabilities & {"fp8_e4m3fn", "fp8_e4m3fnuz"} and model.request is AttentionRequest
+    caches = [dtype, "fp8"] if has_fp8 else [dtype]
     if not model.cached:
         return {"": _requests(model, dtype, dtype)}
     return {cache: _requests(model, dtype, cache) for cache in caches}
@@ -82,4 +92,4 @@ def requests_for(model: Model, device: Device) -> dict[str, dict[str, Request]]:
 
 def _requests(model: Model, dtype: str, cache: str) -> dict[str, Request]:
     fields = {**model.fields, "dtype": dtype, "kv_dtype": cache}
-    return {kind: AttentionRequest(**{**fields, **more}) for kind, more in model.layers.items()}
+    return {kind: model.request(**{**fields, **more}) for kind, more in model.layers.items()}

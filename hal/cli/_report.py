@@ -186,7 +186,7 @@ def _decision(model: _models.Model, cache: str, kind: str, selection: Any) -> di
         "dtype": request.dtype,
         "cache": request.kv_dtype if cache else "",
         "page_size": request.page_size if cache else None,
-        "kv_layout": request.kv_layout if cache else None,
+        "kv_layout": getattr(request, "kv_layout", "latent") if cache else None,
         "kernels": selection.kernels(),
         "reference": [p for p, c in selection.choices.items() if c.kernel and c.kernel.band == Band.REFERENCE],
         "request": request.as_dict(),

@@ -121,10 +121,10 @@ ONLY = {
     "gfx1201": {"aiter_triton", "triton"},
     "gfx1250": {"triton"},
     "gfx1999": {"triton"},
-    "mp_21": {"reference"},
-    "mp_22": {"torch_musa", "reference"},
+    "mp_21": {"reference", "torch"},
+    "mp_22": {"torch_musa", "reference", "torch"},
     "mp_31": {"mate", "torch_musa", "triton"},
-    "mp_99": {"reference"},
+    "mp_99": {"reference", "torch"},
 }
 """Whose kernels an arch may get. An arch that nobody has heard of gets no other one's."""
 

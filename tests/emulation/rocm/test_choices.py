@@ -142,7 +142,9 @@ def test_models_are_explained_in_full(model: Any, arch: str) -> None:
                 for phase, choice in selection.choices.items():
                     assert all(c.reasons for c in choice.candidates if c.status == "refused")
                     assert choice.kernel is not None
-                    assert choice.kernel.library == ("aiter" if phase == "prefill" else "aiter_triton"), (cache, kind)
+                    paged = ("triton", "aiter") if request.op == "mla_attention" else ("aiter_triton", "aiter_triton")
+                    served = dict(zip(PHASES, ("aiter", *paged), strict=True))
+                    assert choice.kernel.library == served[phase], (cache, kind)
                 text = selection.explain()
                 assert all(name in text for name in selection.kernels().values())
                 for name, words in MODEL_REASONS.get(model.name, {}).items():
