@@ -13,6 +13,7 @@ from hal_nvidia import (
     flashinfer_op_kernels,
     flashinfer_trtllm_kernels,
     sdpa_kernels,
+    trtllm_mla_kernels,
 )
 
 __all__ = ["KERNELS"]
@@ -26,5 +27,6 @@ KERNELS: tuple[Kernel, ...] = (
     *flashinfer_kernels.KERNELS,
     *flashinfer_mla_kernels.KERNELS,
     *flashinfer_trtllm_kernels.KERNELS,
+    *trtllm_mla_kernels.KERNELS,
     *flashinfer_op_kernels.KERNELS,
 )

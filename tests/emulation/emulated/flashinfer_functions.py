@@ -134,6 +134,33 @@ def trtllm_batch_decode_with_kv_cache(
     )  # fmt: skip
 
 
+def trtllm_batch_decode_with_kv_cache_mla(
+    query: Tensor, kv_cache: Tensor, workspace_buffer: Tensor, qk_nope_head_dim: int, kv_lora_rank: int,
+    qk_rope_head_dim: int, block_tables: Tensor, seq_lens: Tensor, max_seq_len: int, bmm1_scale: Any = 1.0,
+    bmm2_scale: Any = 1.0, backend: str = "auto", return_lse: bool = False,
+) -> Any:  # fmt: skip
+    """As many queries a row; the output is bfloat16; it clears the counters at the front of its buffer itself."""
+    assert backend == "trtllm-gen"
+    rows, queries, heads, dim = query.shape
+    size, entry = kv_cache.shape[1:]
+    assert (kv_lora_rank, qk_rope_head_dim, dim, entry) == (512, 64, 576, 576), "Unsupported MLA dimensions"
+    assert qk_nope_head_dim in (64, 128)
+    assert query.dtype == kv_cache.dtype == torch.bfloat16
+    assert query.is_contiguous(), "q is read by its shape"
+    assert size in (32, 64), "trtllm-gen requires block_size in (32, 64)"
+    assert block_tables.shape[0] == len(seq_lens) == rows, "Expected batch size"
+    assert block_tables.shape[1] % (128 / size) == 0, "Expected block_num % (128 / block_size) == 0"
+    assert int(seq_lens.max()) <= max_seq_len
+    _zeroed(workspace_buffer)
+    keys, masks = kv_cache.unsqueeze(2), Masks(True, -1, 0.0, float(bmm1_scale))
+    assert bmm2_scale == 1.0
+    out, lse = _by_table(
+        query.flatten(0, 1), (keys, keys[..., :512]), block_tables, [queries] * rows, seq_lens, masks, None, "NHD"
+    )
+    out = out.view(rows, queries, heads, 512)
+    return (out, lse) if return_lse else out
+
+
 def xqa_batch_decode_with_kv_cache(
     query: Tensor, kv_cache: Any, workspace_buffer: Tensor, block_tables: Tensor, seq_lens: Tensor, max_seq_len: int,
     bmm1_scale: Any = 1.0, bmm2_scale: Any = 1.0, window_left: int = -1, sinks: Tensor | None = None,
@@ -252,6 +279,7 @@ def _gate(x: Tensor, out: Tensor | None, activation: Any) -> Tensor:
 FUNCTIONS = (
     trtllm_batch_context_with_kv_cache,
     trtllm_batch_decode_with_kv_cache,
+    trtllm_batch_decode_with_kv_cache_mla,
     trtllm_fmha_v2_prefill,
     xqa_batch_decode_with_kv_cache,
     cudnn_batch_decode_with_kv_cache,

@@ -6,10 +6,9 @@ import dataclasses
 from typing import Any
 
 import hal
-from hal import _bind, testing
+from hal import _bind, _plugins, testing
 from hal_nvidia import NvidiaPlatform
 from hal_ops import Request
-from hal_ops.attention import ATTENTION
 
 __all__ = ["ARCHS", "build", "check", "device_of", "kernel_named"]
 
@@ -40,7 +39,7 @@ def kernel_named(name: str) -> hal.Kernel:
 def build(kernel: hal.Kernel | str, request: Request, arch: str = "sm_90") -> Any:
     """What the kernel's factory makes, held against the op's contract."""
     declared = kernel_named(kernel) if isinstance(kernel, str) else kernel
-    return _bind.build(declared, ATTENTION, request, device_of(arch))
+    return _bind.build(declared, _plugins.registry().op(declared.op), request, device_of(arch))
 
 
 def check(kernel: hal.Kernel | str, request: Request, arch: str = "sm_90", cuda: str = "13.0") -> testing.Result:
