@@ -4,7 +4,8 @@ Read from flashinfer-python 0.6.13 to 0.7.4 (``flashinfer/mla/_core.py``, ``trtl
 
 * backend ``trtllm-gen``, named here: ``"auto"`` may become cuTe DSL's by measurement. It is for sm_100 and sm_103.
 * the output is bfloat16, whatever the queries are: bfloat16 alone is declared. e4m3 goes with e4m3 queries.
-* dims 512 and 64 (it has 256 and 64 too), made of keys of 128 or 64 as its documentation says; pages of 32 or 64 tokens; the block table's width is a multiple of 128 tokens.
+* dims 512 and 64 (it has 256 and 64 too), made of keys of 128 or 64, as its documentation says; pages of 32 or 64
+  tokens; the block table's width is a multiple of 128 tokens.
 * queries are ``[rows, queries, heads, 576]``, read by shape, as many for each row; more than one are causal.
 * the LSE is in base 2, as that of the other launches of ``csrc/trtllm_fmha_kernel_launcher.cu``.
 * graphs are not declared: it has lengths of queries as cumulative ones since 0.6.15 alone, and what it does for a row
