@@ -14,7 +14,7 @@ from hal_ops.mla_attention import PHASES, MlaAttentionRequest
 
 pytestmark = pytest.mark.gpu
 
-BASE: dict[str, Any] = {"num_q_heads": 16, "page_size": 16}
+BASE: dict[str, Any] = {"num_q_heads": 16, "page_size": 32}
 BOUND = {torch.bfloat16: 8e-3, torch.float16: 1.5e-3}
 
 
