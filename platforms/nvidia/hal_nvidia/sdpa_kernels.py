@@ -162,7 +162,6 @@ KERNELS = (
             "v_head_dim": Pairs("head_dim", *((d, d) for d in range(8, 129, 8)), (192, 128)),
         },
         copies="q, where fewer queries than keys are causal (it is padded to as many)",
-        note="ragged batches of unequal lengths: a call a sequence, with lengths read from the device; run on dense batches",
-        evidence={"sm_90": "run", **_EMULATED},
+        note="ragged batches of unequal lengths: a call a sequence, with lengths read from the device",
     ),
 )
