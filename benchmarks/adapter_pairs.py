@@ -69,6 +69,7 @@ WATCHED: dict[str, tuple[str, ...]] = {
 LATENT: dict[str, tuple[str, ...]] = {
     "fa3": ("hal_nvidia._flash_attn_3_mla:flash_attn_with_kvcache",),
     **dict.fromkeys(("flashinfer_fa2", "flashinfer_fa3"), ("flashinfer:BatchMLAPagedAttentionWrapper.run",)),
+    "trtllm_gen": ("flashinfer.mla:trtllm_batch_decode_with_kv_cache_mla",),
 }
 """The same for latent attention."""
 
@@ -104,7 +105,8 @@ def _watched_of(kernel: hal.Kernel) -> tuple[str, ...]:
 
 def _request(kernel: hal.Kernel) -> Request | None:
     if kernel.op == "mla_attention":
-        return MlaAttentionRequest(num_q_heads=16, page_size=16, phases=(kernel.phase,))
+        size = 32 if kernel.library == "trtllm_gen" else 16
+        return MlaAttentionRequest(num_q_heads=16, page_size=size, phases=(kernel.phase,))
     if kernel.op != "attention":
         return _ROWS.get(kernel.op)
     cache = {"page_size": 16, "kv_layout": "NHD", **_CACHES.get(kernel.library, {})}

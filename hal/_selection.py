@@ -82,7 +82,9 @@ class PhaseChoice:
     kernel: Kernel | None
     forced: Forced | None = None
     measured: bool = False
-    _show: Callable[[], tuple[Candidate, ...]] = dataclasses.field(default=tuple, repr=False, compare=False)
+    _show: Callable[[], tuple[Candidate, ...]] = dataclasses.field(
+        default_factory=lambda: tuple, repr=False, compare=False
+    )
 
     @functools.cached_property
     def candidates(self) -> tuple[Candidate, ...]:

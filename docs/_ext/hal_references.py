@@ -26,7 +26,7 @@ PUBLIC = (
 )
 """Modules whose names are documented, in the order in which a bare name is looked up."""
 
-ELSEWHERE = ("builtins", "torch", "hal._plan", "hal_ops.case", "hal_ops.compare")
+ELSEWHERE = ("builtins", "torch", "hal._plan", "hal._planner", "hal_ops.case", "hal_ops.compare")
 """Where bare names come from that annotations only import for type checkers."""
 
 

@@ -130,12 +130,17 @@ class _Signature:
 
     def __get__(self, instance: Any, owner: type) -> Any:
         import inspect
+        import typing
 
         empty = inspect.Parameter.empty
+        try:
+            types = typing.get_type_hints(owner)
+        except NameError:  # a name that is imported for type checkers alone: the text has to do
+            types = {}
         parameters = []
         for f in sorted(dataclasses.fields(owner), key=lambda f: bool(f.kw_only)):
             kind = inspect.Parameter.KEYWORD_ONLY if f.kw_only else inspect.Parameter.POSITIONAL_OR_KEYWORD
             made = f.default_factory is not dataclasses.MISSING
             default = "<factory>" if made else empty if f.default is dataclasses.MISSING else f.default
-            parameters.append(inspect.Parameter(f.name, kind, default=default, annotation=f.type))
+            parameters.append(inspect.Parameter(f.name, kind, default=default, annotation=types.get(f.name, f.type)))
         return inspect.Signature(parameters, return_annotation=None)
