@@ -61,11 +61,7 @@ class Candidate:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready facts."""
-        facts: dict[str, Any] = {
-            "kernel": self.kernel.name,
-            "status": self.status,
-            "priority": int(self.priority),
-        }
+        facts: dict[str, Any] = {"kernel": self.kernel.name, "status": self.status, "priority": int(self.priority)}
         facts.update(evidence=self.evidence, reasons=[r.as_dict() for r in self.reasons])
         if self.microseconds is not None:
             facts["microseconds"] = self.microseconds
