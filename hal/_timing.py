@@ -26,7 +26,7 @@ WARM_UP = 3
 SAMPLE_SECONDS = 0.5e-3
 """A sample repeats the call until it takes about this long, so that the clock's grain does not show."""
 _TOLD = 10
-"""Samples from one word on how far it is to the next."""
+"""Samples between two words on how far it is; the last one is told too."""
 
 log = logging.getLogger("hal")
 
@@ -76,7 +76,7 @@ def in_turns(runs: Mapping[Kernel, Run], clock: Clock, repeats: int, say: Callab
     counts = {k: clock.calls_a_sample(run.call) for k, run in runs.items()}
     order = list(runs)
     for turn in range(repeats):
-        if turn % _TOLD == 0:
+        if turn % _TOLD == 0 or turn + 1 == repeats:
             say(f"{', '.join(k.name for k in runs)}: sample {turn + 1}/{repeats}")
         for kernel in order[turn % len(order) :] + order[: turn % len(order)]:
             samples[kernel].append(clock.seconds(runs[kernel].call, counts[kernel]) / counts[kernel])
