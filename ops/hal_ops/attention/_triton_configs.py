@@ -10,7 +10,7 @@ Set Architecture", WMMA): its tiles are the smallest, and with heads of 256 it s
 
 A row serves the archs that it stands under, no others: that of gfx942 for heads of 128, compiled for sm_90 by Triton 3.6
 with its own ptxas (12.8.93), gave wrong values and illegal reads at head dim 80, and right ones with the ptxas of CUDA 13.0
-(seen on an H200; all rows of NVIDIA's archs were right with both).
+(seen on an H200; the rows of sm_90 were right with both).
 """
 
 from __future__ import annotations
