@@ -1,12 +1,13 @@
 """Attention: our kernels beside others' over one grid, and the project's targets; one run, one table, one JSON.
 
 ``python benchmarks/attention.py --json out.json`` on an accelerator. ``--only decode,prefill`` runs parts (``prefill``,
-``extend``, ``decode``, ``ops``, ``host``), ``--only E1,P12`` cases, ``--without flashinfer`` leaves sides out. ``--device
-cpu --quick`` tries the script out, small and on the CPU's kernels; those are no figures.
+``extend``, ``decode``, ``latent``, ``ops``, ``host``), ``--only E1,P12`` cases, ``--without flashinfer`` leaves sides
+out. ``--device cpu --quick`` tries the script out, small and on the CPU's kernels; those are no figures.
 
-The cases are in ``grid.py``, whose attention is compared in ``sides.py``, how times are taken in ``timing.py``. All
-sides of a ratio run in this process in turns, on random data. Fractions are of this device's own rates, measured
-first: a copy, and a bfloat16 product of 8192 x 8192 matrices. ``torch`` sides have their keys one behind the other.
+The cases are in ``grid.py`` and ``latents.py``, whose attention is compared in ``sides.py``, how times are taken in
+``timing.py``. All sides of a ratio run in this process in turns, on random data. Fractions are of this device's own
+rates, measured first: a copy, and a bfloat16 product of 8192 x 8192 matrices. ``torch`` sides have their keys one behind
+the other.
 Errors are relative to float32, on the last queries of the first and last row.
 """
 
@@ -24,26 +25,27 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from grid import CASES, NOT_HERE, Case, Inputs
+from grid import CASES, Case, Inputs
+from latents import LATENTS, LatentCase, LatentInputs, latent_runs_of
 from sides import SIDES, MissingError, Side, runs_of
 from timing import Clock, reason_of
 
-PARTS = ("prefill", "extend", "decode", "ops", "host")
+PARTS = ("prefill", "extend", "decode", "latent", "ops", "host")
 
 Row = dict[str, Any]
 
 
-def run_case(case: Case, sides: Sequence[Side], clock: Clock, rates: dict[str, float]) -> Row:
+def run_case(case: Case | LatentCase, sides: Sequence[Side], clock: Clock, rates: dict[str, float]) -> Row:
     """One case by every side: ``{"case", "phase", "flop", "bytes", "sides": {name: figures or {"missing": why}}}``."""
-    inputs = Inputs.of(case, clock.device)
+    inputs, find = inputs_of(case, clock.device)
     row: Row = {"case": case.name, "phase": case.phase, "flop": case.flop(), "bytes": case.num_bytes(), "sides": {}}
     timed = {}
     for side in sides:
         try:
-            runs = runs_of(side, inputs)
+            runs = find(side, inputs)
             out = runs.calls[0]()
             error = inputs.judge(out[0] if isinstance(out, tuple) else out)
-            rounds = max(1, -(-8 // len(runs.calls))) if case.phase == "decode" and not clock.quick else 1
+            rounds = max(1, -(-8 // len(runs.calls))) if case.phase in ("decode", "latent") and not clock.quick else 1
             timed[side.name] = clock.prepare(runs.calls * rounds)
             about = {"kernel": runs.kernel, "error": error, "timed by": timed[side.name].how}
             row["sides"][side.name] = about | ({"note": runs.note} if runs.note else {})
@@ -63,6 +65,13 @@ def run_case(case: Case, sides: Sequence[Side], clock: Clock, rates: dict[str, f
             "TB/s": traffic / 1e12, "of copy": traffic / rates["copy"],
         }  # fmt: skip
     return row
+
+
+def inputs_of(case: Case | LatentCase, device: str) -> tuple[Any, Callable[..., Any]]:
+    """A case on a device, and what finds a side's calls for it."""
+    if isinstance(case, LatentCase):
+        return LatentInputs.of(case, device), latent_runs_of
+    return Inputs.of(case, device), runs_of
 
 
 def ratio(row: Row, other: str, ours: str) -> float | None:
@@ -162,7 +171,7 @@ def summary(run: Run) -> list[dict[str, Any]]:
         reached = None if got is None else (got <= least if less else got >= least)
         found.append({"what": what, "found": got, "at most" if less else "at least": least, "aim": aim, "ok": reached})
     others = dict.fromkeys(name for row in run.rows for name in row["sides"] if name != run.ours)
-    for phase, letters in (("prefill", "P"), ("extend", "VX"), ("decode", "D")):
+    for phase, letters in (("prefill", "P"), ("extend", "VX"), ("decode", "D"), ("latent", "M")):
         for name in others:
             if (got := run.geomean(letters, name)) is not None and (phase, name) not in _AS_TARGET:
                 found.append({"what": f"{phase} against {name}, geometric mean", "found": got})
@@ -179,7 +188,7 @@ def summary_line(row: dict[str, Any]) -> str:
     return f"{row['what']:52}{got:>10}   {bound:26}{verdict}".rstrip()
 
 
-def wanted(case: Case, only: Sequence[str]) -> bool:
+def wanted(case: Case | LatentCase, only: Sequence[str]) -> bool:
     """``only`` holds parts and ids of cases; empty means all."""
     return not only or case.phase in only or case.id in only
 
@@ -192,9 +201,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quick", action="store_true", help="small cases and few rounds: no figures")
     given = parser.parse_args(arguments)
-    known = {*PARTS, *(case.id for case in CASES)}
+    ids = [case.id for case in (*CASES, *LATENTS)]
+    known = {*PARTS, *ids}
     if unknown := [name for name in given.only if name not in known]:
-        parser.error(f"--only {','.join(unknown)}: choose of {', '.join(PARTS)} and {', '.join(c.id for c in CASES)}")
+        parser.error(f"--only {','.join(unknown)}: choose of {', '.join(PARTS)} and {', '.join(ids)}")
     return given
 
 
@@ -225,18 +235,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sides = [side for side in SIDES[torch.device(given.device).type] if side.name not in given.without]
     rows = []
     print(heading(sides))
-    for case in CASES:
+    for case in (*CASES, *LATENTS):
         if wanted(case, given.only):
             rows.append(run_case(case.quick() if given.quick else case, sides, clock, rates))
             print(line(rows[-1], sides), flush=True)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
     ops, host = others(given, clock)
-    print(*missing(rows), *(f"{ids}: {why}" for ids, why in NOT_HERE.items()), sep="\n")
+    print(*missing(rows), sep="\n")
     found = summary(Run(rows, sides[0].name, ops, host))
     print(*map(summary_line, found), sep="\n")
     if given.json:
-        about = {"device": clock.name(), **rates, "summary": found, "ops": ops, "host": host, "not here": NOT_HERE}
+        about = {"device": clock.name(), **rates, "summary": found, "ops": ops, "host": host}
         given.json.write_text(json.dumps({**about, "cases": rows}, indent=1) + "\n")
     failed = [row["case"] for row in rows if "us" not in row["sides"][sides[0].name]]
     print("OURS DID NOT RUN: " + ", ".join(failed) if failed else "all cases ran with our kernels")

@@ -1,11 +1,8 @@
 """The attention cases: P prefill, V and X extend (ragged queries over a paged cache), D and E decode, and their inputs.
 
 P1 to P11, V1 to V6, D1 to D17, X1 and X2 are serving shapes of known models; the others are what the project has
-targets for (E1, E2, P13 with P14, V0), and common shapes beside them. P7 and M1 to M4 of the same list are not here:
-there is no request for FP8 queries in prefill, nor for latent attention.
-
-FLOP: 2 for each product of a query with a key that it sees, and of a weight with a value. Bytes: q and out once, and
-once each key and value that some query sees.
+targets for (E1, E2, P13 with P14, V0), and common shapes beside them. M1 to M4 of the same list, latent attention, are in
+``latents.py``.
 """
 
 from __future__ import annotations
@@ -17,19 +14,16 @@ import torch
 from torch import Tensor
 
 from hal_ops import is_fp8, torch_dtype
-from hal_ops.attention import AttentionRequest, masks
+from hal_ops.attention import AttentionRequest
 from hal_ops.attention.reference import prefill as reference
+from hal_ops.attention.work import flop, num_bytes
 
-__all__ = ["CASES", "Case", "Inputs", "NOT_HERE"]
+__all__ = ["CASES", "COLD", "JUDGED", "Case", "Inputs", "pages_of"]
 
 COLD = 256 << 20
 """Bytes that a case goes through before it comes back to the first: four times the L2 of an H200."""
 JUDGED = 64
 """Last queries of the first and of the last row that are compared with float32."""
-NOT_HERE = {
-    "P7": "FP8 queries in prefill: no request asks for them",
-    "M1 to M4": "latent attention has a handle of its own, and is not in this grid",
-}
 
 AZURE_PREFILL = (207, 396, 1020, 1189, 2734, 4083, 129, 1155)
 AZURE_DECODE = (270, 1054, 1249, 1403, 2257, 4153, 1249, 1054)
@@ -79,18 +73,10 @@ class Case:
         return AttentionRequest(**fields, page_size=self.page, kv_layout="NHD", phases=(self.phase,))
 
     def flop(self) -> float:
-        request = self.request()
-        limits = masks.sides(request.causal, request.window)
-        pairs = sum(_pairs(q, kv, limits)[0] for q, kv in self.lengths)
-        return 2.0 * self.heads[0] * sum(self.dims) * pairs
+        return flop(self.request(), self.lengths)
 
     def num_bytes(self) -> float:
-        request = self.request()
-        limits = masks.sides(request.causal, request.window)
-        queries = sum(q for q, _ in self.lengths)
-        keys = sum(_pairs(q, kv, limits)[1] for q, kv in self.lengths)
-        item = torch_dtype(request.kv_dtype).itemsize if self.page else 2
-        return float(sum(self.dims)) * (2 * queries * self.heads[0] + item * keys * self.heads[1])
+        return num_bytes(self.request(), self.phase, self.lengths)
 
     def quick(self) -> Case:
         """The same in small, to try it out."""
@@ -100,12 +86,14 @@ class Case:
         return dataclasses.replace(self, heads=(min(group, 2), 1), dims=dims, lengths=small, page=min(self.page, 16))
 
 
-def _pairs(q_len: int, kv_len: int, limits: Any) -> tuple[int, int]:
-    """Pairs of a query and a key that it sees, and keys that some query sees."""
-    positions = torch.arange(kv_len - q_len, kv_len)
-    low = torch.zeros_like(positions) if limits[0] is None else (positions - limits[0]).clamp_min(0)
-    high = torch.full_like(positions, kv_len) if limits[1] is None else (positions + limits[1] + 1).clamp_max(kv_len)
-    return int((high - low).clamp_min(0).sum()), int(high.max() - low.min())
+def pages_of(lengths: Lengths, size: int) -> tuple[Tensor, int]:
+    """A block table over pages in random order, int32 ``[batch, most pages]`` on the host, and how many pages there are."""
+    pages = [-(-kv // size) if size else 0 for _, kv in lengths]
+    table, order, taken = torch.zeros(len(pages), max(pages), dtype=torch.int32), torch.randperm(sum(pages)), 0
+    for row, count in enumerate(pages):
+        table[row, :count] = order[taken : taken + count]
+        taken += count
+    return table, sum(pages)
 
 
 def _dense(batch: int, length: int) -> Lengths:
@@ -126,6 +114,7 @@ CASES = (
     Case("P4 8/8 d256 16k causal", (8, 8), (256, 256), _dense(1, 16384)),
     Case("P5 Llama-70B 8k", _64_8, _128, _dense(1, 8192)),
     Case("P6 Llama-70B 2k", _64_8, _128, _dense(1, 2048)),
+    Case("P7 Llama-70B 8k e4m3", _64_8, _128, _dense(1, 8192), 0, (("qkv_dtype", "float8_e4m3fn"),)),
     Case("P8 gpt-oss B2 8k window 128 sinks", _64_8, (64, 64), _dense(2, 8192), 0, _WINDOW),
     Case("P9 Gemma-2 8k w4096 softcap", (16, 8), (256, 256), _dense(1, 8192), 0, (("window", 4096), ("softcap", 50.0))),
     Case("P10 DeepSeek-V3 4k 192/128", (128, 128), (192, 128), _dense(1, 4096)),
@@ -184,18 +173,14 @@ class Inputs:
     @staticmethod
     def of(case: Case, device: str) -> Inputs:
         torch.manual_seed(0)
-        pages = [-(-kv // case.page) if case.page else 0 for _, kv in case.lengths]
-        table, order, taken = torch.zeros(len(pages), max(pages), dtype=torch.int32), torch.randperm(sum(pages)), 0
-        for row, count in enumerate(pages):
-            table[row, :count] = order[taken : taken + count]
-            taken += count
+        table, pages = pages_of(case.lengths, case.page)
         request = case.request()
         kwargs = {"sinks": torch.randn(case.heads[0], device=device)} if request.sinks else {}
         if is_fp8(request.kv_dtype):
             kwargs |= {name: torch.ones(1, device=device) for name in ("k_scale", "v_scale")}
         held = max(case.num_bytes(), 1 << 16)
         count = min(64, 1 + int(COLD // held)) if torch.device(device).type != "cpu" else 1
-        return Inputs(case, device, [_tensors(case, sum(pages), device) for _ in range(count)], table, kwargs)
+        return Inputs(case, device, [_tensors(case, pages, device) for _ in range(count)], table, kwargs)
 
     def contiguous(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         """A set with keys one behind the other: of rows that are alike ``[batch, length, ...]``, else ``[tokens, ...]``."""
@@ -239,9 +224,11 @@ class Inputs:
 def _tensors(case: Case, pages: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
     lead = (pages, case.page) if case.page else (len(case.lengths), case.lengths[0][1])
     queries = (sum(q for q, _ in case.lengths),) if case.page else (len(case.lengths), case.lengths[0][0])
-    q = torch.randn(*queries, case.heads[0], case.dims[0], device=device).bfloat16()
-    kv_dtype = torch_dtype(case.request().kv_dtype)
-    k, v = (_random((*lead, case.heads[1], dim), device).to(kv_dtype) for dim in case.dims)
+    request = case.request()
+    q_dtype, kv_dtype = (torch_dtype(name) for name in (request.qkv_dtype, request.kv_dtype))
+    q = torch.randn(*queries, case.heads[0], case.dims[0], device=device).bfloat16().to(q_dtype)
+    k_dtype = kv_dtype if case.page else q_dtype
+    k, v = (_random((*lead, case.heads[1], dim), device).to(k_dtype) for dim in case.dims)
     return q, k, v
 
 

@@ -18,7 +18,7 @@ from hal.errors import HalError, NoKernelError
 from hal_ops import is_fp8
 from hal_ops.attention import AttentionRequest
 
-__all__ = ["SIDES", "MissingError", "Runs", "Side", "runs_of"]
+__all__ = ["SIDES", "MissingError", "Runs", "Side", "refusal", "runs_of"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,14 +98,14 @@ def _bound(library: str, request: AttentionRequest, inputs: Inputs, contiguous: 
     try:
         handle = hal.get_attentions([request], device=inputs.device, kernel=library)[0]
     except NoKernelError as error:
-        raise MissingError(_refusal(error, library, phase)) from error
+        raise MissingError(refusal(error, library, phase)) from error
     except HalError as error:
         raise MissingError(reason_of(error)) from error
     make = _fresh if phase == "prefill" else _paged
     return Runs(make(handle, inputs, contiguous), handle.kernels()[phase], note)
 
 
-def _refusal(error: NoKernelError, library: str, phase: str) -> str:
+def refusal(error: NoKernelError, library: str, phase: str) -> str:
     """The reasons of the kernels that answer to the name; more than the error's first line says."""
     choices = {} if error.selection is None else error.selection.choices
     candidates = choices[phase].candidates if phase in choices else ()

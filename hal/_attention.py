@@ -48,7 +48,7 @@ class Attention(Planner):
         self._debug_checks = debug_checks
         self._max_q_len = self.request.max_q_len
         self._torch_device = selection.device.torch_device()
-        self._dtype = torch_dtype(self.request.dtype)
+        self._dtype = torch_dtype(self.request.qkv_dtype)
         self._same: _same.Same = _same.never
 
     def __call__(
@@ -65,6 +65,9 @@ class Attention(Planner):
         max_seqlen_k: int | None = None,
         sinks: Tensor | None = None,
         alibi_slopes: Tensor | None = None,
+        q_scale: Tensor | None = None,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
         return_lse: bool = False,
     ) -> Any:
         """Attend.
@@ -79,10 +82,12 @@ class Attention(Planner):
         Args:
             sinks: float32 ``[num_q_heads]``, if the request has ``sinks=True``.
             alibi_slopes: float32 ``[num_q_heads]``, if the request has ``alibi=True``.
+            q_scale, k_scale, v_scale: float32 ``[1]``, or ``[num_kv_heads]`` with ``qkv_scale="head"``, if the request
+                has an FP8 ``qkv_dtype``: what q, k and v were divided by. None is 1.
             return_lse: also return the natural-log LSE, float32 ``[..., num_q_heads]``, if the request has it.
 
         Returns:
-            The output in q's shape (with ``v_head_dim``) and dtype, or ``(output, lse)``.
+            The output in q's shape (with ``v_head_dim``) and the request's dtype, or ``(output, lse)``.
 
         Raises:
             InputError: an argument that does not fit, before anything is written.
@@ -90,11 +95,14 @@ class Attention(Planner):
         """
         if (
             plan is cu_seqlens_q is cache is cu_seqlens_k is sinks is alibi_slopes is None  # type: ignore[comparison-overlap]
+            and q_scale is k_scale is v_scale is None
             and not return_lse
             and self._same(q, k, v)
         ):
             return self._prefill(q, k, v)  # type: ignore[misc]
         extras = _inputs.check_extras(self, sinks, alibi_slopes, return_lse)
+        if not q_scale is k_scale is v_scale is None:
+            extras |= _inputs.check_scales(self, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale)
         if plan is not None or cache is not None:
             _inputs.check_no_lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
             return self._run_step(q, k, v, cache, plan, extras)

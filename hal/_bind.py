@@ -75,7 +75,8 @@ def build(kernel: Kernel, op: Op, request: Request, device: Device) -> Any:
         TypeError: what it returns lacks a keyword or an attribute that the op's front door relies on.
     """
     made = resolve_target(kernel.target)(request, device)
-    problems = _contract_problems(made, op.keywords.get(kernel.phase, ()), op.attributes.get(kernel.phase, ()))
+    keywords = (*op.keywords.get(kernel.phase, ()), *request.extra_keywords(kernel.phase))
+    problems = _contract_problems(made, keywords, op.attributes.get(kernel.phase, ()))
     if problems:
         raise TypeError(f"{kernel.target} returns what op {op.name} cannot call: {'; '.join(problems)}")
     return made

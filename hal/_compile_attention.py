@@ -22,6 +22,7 @@ from hal._kv_cache import KVCache, plain
 from hal._plan import Plan, plan_of
 from hal._selection import Selection
 from hal.errors import InputError
+from hal_ops import torch_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +31,8 @@ __all__ = ["TracedAttention"]
 
 _FRESH = (
     "Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt? max_seqlen_q, "
-    "SymInt? max_seqlen_k, Tensor? sinks, Tensor? alibi_slopes"
+    "SymInt? max_seqlen_k, Tensor? sinks, Tensor? alibi_slopes, Tensor? q_scale=None, Tensor? k_scale=None, "
+    "Tensor? v_scale=None"
 )
 _REST = "Tensor? k_scale, Tensor? v_scale, Tensor plan, Tensor? sinks, Tensor? alibi_slopes"
 _STEP = f"Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, {_REST}"
@@ -79,6 +81,9 @@ class TracedAttention(Attention):
         max_seqlen_k: int | None = None,
         sinks: Tensor | None = None,
         alibi_slopes: Tensor | None = None,
+        q_scale: Tensor | None = None,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
         return_lse: bool = False,
     ) -> Any:
         """Attend, as one node. Arguments, results and errors are those of :meth:`hal.Attention.__call__`.
@@ -89,14 +94,17 @@ class TracedAttention(Attention):
             if k is None or v is None:
                 raise InputError("k and v are missing: give them, or a cache and a plan")
             fresh = self._fresh_lse_node if return_lse else self._fresh_node
-            return fresh(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sinks, alibi_slopes)
-        lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+            return fresh(
+                q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sinks, alibi_slopes,
+                q_scale, k_scale, v_scale,
+            )  # fmt: skip
+        lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, q_scale, k_scale, v_scale)
         wrong = plan is None or cache is None or any(x is not None for x in lengths) or (k is None) != (v is None)
         if wrong or cache.layout != self._layout:  # type: ignore[union-attr]
             return super().__call__(
                 q, k, v, cache=cache, plan=plan, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
                 max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, sinks=sinks, alibi_slopes=alibi_slopes,
-                return_lse=return_lse,
+                q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, return_lse=return_lse,
             )  # fmt: skip
         assert plan is not None
         assert cache is not None
@@ -128,12 +136,12 @@ class _Nodes:
         return node(f"{self.name}_{kind}{'_lse' * lse}", arguments, returns, function, self._empty(lse), **more)
 
     def _empty(self, lse: bool) -> Callable[..., Any]:
-        dim = self.handle.request.v_head_dim
+        dim, dtype = self.handle.request.v_head_dim, torch_dtype(self.handle.request.dtype)
 
         def empty(q: Tensor, *others: Any) -> Any:
             import torch
 
-            out = q.new_empty((*q.shape[:-1], dim))
+            out = q.new_empty((*q.shape[:-1], dim), dtype=dtype)
             return (out, q.new_empty(q.shape[:-1], dtype=torch.float32)) if lse else out
 
         return empty
@@ -143,12 +151,14 @@ class _Nodes:
         call = super(TracedAttention, self.handle).__call__
 
         def attend(
-            q: Tensor, k: Tensor, v: Tensor, cu_q: Any, cu_k: Any, max_q: Any, max_k: Any, sinks: Any, slopes: Any
-        ) -> Any:
+            q: Tensor, k: Tensor, v: Tensor, cu_q: Any, cu_k: Any, max_q: Any, max_k: Any, sinks: Any, slopes: Any,
+            q_scale: Any = None, k_scale: Any = None, v_scale: Any = None,
+        ) -> Any:  # fmt: skip
             return _contiguous(
                 call(
                     q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=max_q, max_seqlen_k=max_k,
-                    sinks=sinks, alibi_slopes=slopes, return_lse=lse,
+                    sinks=sinks, alibi_slopes=slopes, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale,
+                    return_lse=lse,
                 )
             )  # fmt: skip
 
@@ -229,4 +239,4 @@ def _kept(ctx: Any) -> list[Any]:
 def _spread(found: tuple[Tensor, ...], places: list[int]) -> tuple[Any, ...]:
     """Gradients at the places of their arguments, None elsewhere."""
     by_place = dict(zip(places, found, strict=True))
-    return tuple(by_place.get(i) for i in range(9))
+    return tuple(by_place.get(i) for i in range(12))

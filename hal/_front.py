@@ -42,6 +42,8 @@ def get_attention(
     kv_layout: str = AUTO,
     kv_scale: str = "tensor",
     fp8_query: bool = False,
+    qkv_dtype: Any = None,
+    qkv_scale: str = "tensor",
     max_q_len: int = 1,
     return_lse: bool = False,
     deterministic: bool = False,
@@ -67,6 +69,8 @@ def get_attention(
         page_size, kv_layout: of the cache; ``"auto"`` chooses what suits all phases best.
         kv_scale: scales of an FP8 cache, one a ``"tensor"`` or a ``"head"``.
         fp8_query: permits kernels to round q and the probabilities to the format of an FP8 cache: faster, less exact.
+        qkv_dtype: of q, k and v in calls without a cache, if they are FP8; the output keeps ``dtype``. ``qkv_scale``: their
+            scales, passed at the call, one a ``"tensor"`` or a ``"head"``. The default phases are then prefill alone.
         max_q_len: most query tokens a row of a decode step (above 1 for speculative decoding).
         return_lse: calls may ask for the LSE. deterministic: the same input gives the same bits.
         needs_grad: calls are differentiable (and the default phases are then prefill alone).

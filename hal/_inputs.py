@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from hal import _kv_cache
 from hal.errors import InputError
+from hal_ops import is_fp8
 from hal_ops.attention import Step
 
 if TYPE_CHECKING:
@@ -49,6 +50,29 @@ def _per_head(handle: Attention, name: str, value: Tensor) -> Tensor:
     if value.device != handle._torch_device:
         raise InputError(f"{name} is on {value.device}, the handle on {handle._torch_device}")
     return value
+
+
+def check_scales(handle: Attention, **scales: Tensor | None) -> dict[str, Any]:
+    """The scales of FP8 q, k and v that are given, as keywords for the kernel."""
+    import torch
+
+    request = handle.request
+    given = {name: value for name, value in scales.items() if value is not None}
+    sizes = (1, request.num_kv_heads) if request.qkv_scale == "head" else (1,)
+    for name, value in given.items():
+        if not is_fp8(request.qkv_dtype):
+            raise InputError(f"{name} is given, and q, k and v are {request.qkv_dtype}: ask for FP8 with qkv_dtype=")
+        if not isinstance(value, torch.Tensor):
+            raise InputError(f"{name} is {value!r}: give a float32 tensor")
+        if value.dtype != torch.float32 or value.dim() > 1 or value.numel() not in sizes:
+            text = " or ".join(f"[{size}]" for size in dict.fromkeys(sizes))
+            raise InputError(
+                f"{name} is {value.dtype} {tuple(value.shape)}, and the request says qkv_scale={request.qkv_scale!r}: "
+                f"give float32 {text}"
+            )
+        if value.device != handle._torch_device:
+            raise InputError(f"{name} is on {value.device}, the handle on {handle._torch_device}")
+    return given
 
 
 def check_no_lengths(*lengths: Any) -> None:
@@ -161,7 +185,7 @@ def _check_tensors(handle: Attention, tensors: dict[str, Tensor], dims: int, for
         if tuple(tensor.shape[-2:]) != wanted[name]:
             raise InputError(f"{name} is {tuple(tensor.shape)}: its last dims must be {wanted[name]} (heads, dim)")
         if tensor.dtype != handle._dtype:
-            raise InputError(f"{name} is {tensor.dtype}, and the request is {request.dtype}")
+            raise InputError(f"{name} is {tensor.dtype}, and the request is {request.qkv_dtype}")
         if tensor.device != handle._torch_device:
             raise InputError(f"{name} is on {tensor.device}, and the handle on {handle._torch_device}")
         if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:

@@ -66,6 +66,8 @@ def _attention(phase: str) -> Kernel:
         "alibi": OneOf(False, True),
         "softmax_scale": Anything((0.3,)),
         "kv_scale": OneOf("tensor", "head"),
+        "qkv_dtype": OneOf(*_FLOATS, *FP8_DTYPES),
+        "qkv_scale": OneOf("tensor", "head"),
         "return_lse": OneOf(False, True),
         "deterministic": OneOf(False, True),
         **({"needs_grad": OneOf(False, True)} if phase == "prefill" else {}),

@@ -14,7 +14,7 @@ from hal_ops.kv_pages_copy import KV_PAGES_COPY
 from hal_ops.kv_pages_gather import KV_PAGES_GATHER
 from hal_ops.rotary_kv_cache_write import ROTARY_KV_CACHE_WRITE
 
-__all__ = ["OPS", "cache_format", "kernels"]
+__all__ = ["OPS", "cache_format", "fp8_format", "kernels"]
 
 OPS: tuple[Op, ...] = (ROTARY_KV_CACHE_WRITE, KV_PAGES_COPY, KV_PAGES_GATHER)
 
@@ -71,10 +71,14 @@ def _kernels(op: Op) -> tuple[Kernel, ...]:
 
 def cache_format(request: Request, device: Device) -> Sequence[Reason]:
     """Which FP8 formats Triton converts is said by the device's platform."""
-    given = str(request.kv_dtype)  # type: ignore[attr-defined]
+    return fp8_format(str(request.kv_dtype), "kv_dtype", device)  # type: ignore[attr-defined]
+
+
+def fp8_format(given: str, field: str, device: Device) -> Sequence[Reason]:
+    """The same for the format that ``field`` holds."""
     if not is_fp8(given) or f"triton_{given.replace('float8', 'fp8')}" in device.capabilities:
         return []
-    return [Reason("capability_missing", f"Triton does not convert {given} on {device.arch.name}", "kv_dtype", given)]
+    return [Reason("capability_missing", f"Triton does not convert {given} on {device.arch.name}", field, given)]
 
 
 def _narrow(op: Op) -> Fields:

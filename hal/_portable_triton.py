@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from hal._constraints import Anything, Constraint, OneOf, Range, Windows
+from hal._constraints import Anything, Constraint, Either, OneOf, Range, SameAs, Windows
 from hal._device import Device
 from hal._kernel import Band, Kernel
-from hal._portable_cache import cache_format
+from hal._portable_cache import cache_format, fp8_format
 from hal._portable_ops import TORCH, TRITON
 from hal._reason import Reason
 from hal_ops import FP8_DTYPES, Request, is_fp8
@@ -26,7 +26,9 @@ Fields = dict[str, Constraint]
 def kernels() -> tuple[Kernel, ...]:
     """Attention in three phases, the cache write and the merge of attention states."""
     return (
-        _kernel("attention", "prefill", "hal_ops.attention.triton_prefill:prefill", _ATTENTION, _PREFILL_ON),
+        _kernel(
+            "attention", "prefill", "hal_ops.attention.triton_prefill:prefill", _PREFILL, _PREFILL_ON, _format_of_q
+        ),
         _kernel("attention", "extend", "hal_ops.attention.triton_extend:extend", _EXTEND, _EXTEND_ON, _cache_of_q),
         _kernel("attention", "decode", "hal_ops.attention.triton_decode:decode", _DECODE, _DECODE_ON, _cache_of_q),
         _kernel("kv_cache_write", "call", "hal_ops.kv_cache.triton_write:write", _WRITE, check=cache_format),
@@ -67,6 +69,11 @@ def _cache_of_q(request: Request, device: Device) -> Sequence[Reason]:
     return [Reason("dtype", text, "kv_dtype", given, own)]
 
 
+def _format_of_q(request: Request, device: Device) -> Sequence[Reason]:
+    assert isinstance(request, AttentionRequest)
+    return fp8_format(request.qkv_dtype, "qkv_dtype", device)
+
+
 _ATTENTION: Fields = {
     "num_q_heads": Anything((1, 6, 14)),
     "num_kv_heads": Anything((1, 2)),
@@ -80,6 +87,11 @@ _ATTENTION: Fields = {
     "alibi": _FLAG,
     "softmax_scale": Anything((0.3,)),
     "return_lse": _FLAG,
+}
+_PREFILL: Fields = {
+    **_ATTENTION,
+    "qkv_dtype": Either(SameAs("dtype"), OneOf(*FP8_DTYPES)),
+    "qkv_scale": OneOf("tensor", "head"),
 }
 _EXTEND: Fields = {
     **_ATTENTION,

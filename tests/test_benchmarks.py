@@ -28,9 +28,11 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 def test_attention_in_small(script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "out.json"
-    cases = ["P1", "P2", "P10", "P14", "V2", "V6", "X2", "D8", "D10", "D13", "D14", "E1"]
+    cases = ["P1", "P2", "P7", "P10", "P14", "V2", "V6", "X2", "D8", "D10", "D13", "D14", "E1", "M1", "M4"]
     arguments = ["--device", "cpu", "--quick", "--only", ",".join(cases), "--json", str(file)]
-    assert script("attention").main(arguments) == 1, "torch's CPU kernel has no softcap, so one case did not run"
+    assert script("attention").main(arguments) == 1, (
+        "torch's CPU kernel has no softcap and no FP8, so two cases did not run"
+    )
     found, text = json.loads(file.read_text()), capsys.readouterr().out
     rows = {row["case"].partition(" ")[0]: row for row in found["cases"]}
     assert list(rows) == cases
@@ -45,8 +47,9 @@ def test_attention_in_small(script: Any, tmp_path: Path, capsys: pytest.CaptureF
     assert "flash-attn-3 is not installed" in rows["P1"]["sides"]["fa3"]["missing"]
     assert "fa3: not P1, P2, " in text
     assert "torch_cpu: not D10: refused: softcap 50" in text
-    assert "OURS DID NOT RUN: D10" in text
-    assert "P7: FP8 queries in prefill" in text
+    assert "OURS DID NOT RUN: P7 Llama-70B 8k e4m3, D10" in text
+    assert rows["P7"]["sides"]["reference"]["error"] < 1e-2
+    assert {n for n, side in rows["M4"]["sides"].items() if "us" in side} == {"torch_cpu", "reference", "contiguous"}
     assert {row["what"]: row["found"] for row in found["summary"]}["decode E1 (B64 L8192 32/8 D128), of copy"] > 0
 
 
@@ -107,7 +110,7 @@ def test_targets_are_held(script: Any) -> None:
 def test_what_is_not_there_cannot_be_asked_for(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         script("attention").main(["--only", "decode,D99"])
-    assert "--only D99: choose of prefill, extend, decode, ops, host and P1, " in capsys.readouterr().err
+    assert "--only D99: choose of prefill, extend, decode, latent, ops, host and P1, " in capsys.readouterr().err
 
 
 def test_ops_in_small(script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

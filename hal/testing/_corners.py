@@ -77,8 +77,13 @@ def request_id(request: Request) -> str:
     except ValueError:
         plain = request
     permissions = [n for n in request.derived if n in request.__dataclass_fields__]
-    fields = (*request.rules(), *permissions)
-    names = [f for f in fields if f in bare or getattr(request, f) != getattr(plain, f)]
+    computed = {n for n, rule in request.rules().items() if callable(rule.neutral)}
+
+    def said(name: str) -> bool:
+        other = not request.is_neutral(name) if name in computed else getattr(request, name) != getattr(plain, name)
+        return name in bare or other
+
+    names = [name for name in (*request.rules(), *permissions) if said(name)]
     return ",".join(f"{name}={_short(getattr(request, name))}" for name in names)
 
 

@@ -19,8 +19,9 @@ class Op:
     """A semantic contract: request type, phases, reference, input generator and error bounds.
 
     ``phases`` are the entry points that a kernel may implement; an op without stages has the one phase ``"call"``.
-    ``keywords`` names, per phase, every keyword that the front door may pass to an implementation: an implementation
-    whose signature lacks one is refused when it is bound. Targets are ``"module:attribute"`` strings, imported on use.
+    ``keywords`` names, per phase, every keyword that the front door may pass to an implementation, and
+    :meth:`Request.extra_keywords` what one request adds: an implementation whose signature lacks one is refused when it
+    is bound. Targets are ``"module:attribute"`` strings, imported on use.
 
     * ``reference[phase]``: a factory ``(request, device) -> callable`` computing in float32; the oracle.
     * ``cases``: a function ``(request, phase, *, device, seed) -> Case`` that makes inputs with poisoned unused slots.

@@ -33,7 +33,8 @@ R = TypeVar("R", bound="Request")
 class FieldRule:
     """How selection treats one field of a request.
 
-    ``neutral`` is the value that needs no declaration (a callable is given the request); ``phases`` limits the rule to
+    ``neutral`` is the value that needs no declaration (a callable is given the request, which computes it where the
+    field is None); ``phases`` limits the rule to
     those phases of the op; ``code`` is the reason code of a refusal; ``preferred`` lists the values tried, in order,
     when the field is left to the selection (``AUTO``).
     """
@@ -94,17 +95,16 @@ class Request:
 
     def replace(self: R, **changes: Any) -> R:
         """A copy with some fields changed, normalised again. Computed neutral values that were in force follow."""
-        copy = dataclasses.replace(self, **changes)
-        follow = {
-            name: rule.neutral(copy)
-            for name, rule in self.rules().items()
-            if callable(rule.neutral) and name not in changes and self.is_neutral(name)
-        }
-        return dataclasses.replace(copy, **follow) if follow else copy
+        follow = {n: None for n, rule in self.rules().items() if callable(rule.neutral) and self.is_neutral(n)}
+        return dataclasses.replace(self, **{**follow, **changes})
 
     def resolved(self: R, capabilities: frozenset[str]) -> R:
         """The request with names that depend on the device (such as a bare ``fp8``) made exact."""
         return self
+
+    def extra_keywords(self, phase: str) -> tuple[str, ...]:
+        """Keywords that calls of this request may bring beside those that the op names for every request."""
+        return ()
 
     def open_fields(self) -> tuple[str, ...]:
         """Names of the fields left to the selection."""
@@ -113,10 +113,15 @@ class Request:
     def corner(self, phase: str) -> dict[str, Any]:
         """The part of the request that decides which code path a kernel takes, for the ledger."""
         return {
-            name: getattr(self, name) if rule.required else not self.is_neutral(name)
+            name: getattr(self, name) if rule.required else self._difference(name)
             for name, rule in self.rules().items()
             if rule.applies(phase)
         }
+
+    def _difference(self, name: str) -> bool | str:
+        """Whether a feature is in force; which one, where it is a choice between names."""
+        value = getattr(self, name)
+        return not self.is_neutral(name) and (value if isinstance(value, str) else True)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready values of every field."""

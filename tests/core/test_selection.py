@@ -74,7 +74,26 @@ def test_a_feature_that_is_declared_is_admitted(
 
 def test_every_feature_of_the_request_is_covered_here() -> None:  # requirement R3
     features = {n for n, rule in AttentionRequest.rules().items() if not rule.required}
-    assert features - {"kv_scale"} == set(FEATURES)
+    assert features - {"kv_scale", "qkv_dtype", "qkv_scale"} == set(FEATURES)
+
+
+def test_fp8_inputs_are_for_kernels_that_declare_them(
+    fake_platform: Any, attention_kernel: Any
+) -> None:  # requirement C7, R3, X5
+    formats = {"qkv_dtype": hal.OneOf("bfloat16", "float8_e4m3fn")}
+    able = attention_kernel("able.prefill", fields={**formats, "qkv_scale": hal.OneOf("tensor", "head")})
+    some = attention_kernel("some.prefill", fields=formats, priority=hal.Band.PLUGIN + 1)
+    fake_platform(kernels=[able, some, attention_kernel("plain.prefill", priority=hal.Band.PLUGIN + 2)])
+    for fields, chosen in (
+        ({}, "plain"),
+        ({"qkv_dtype": "float8_e4m3fn"}, "some"),
+        ({"qkv_dtype": "float8_e4m3fn", "qkv_scale": "head"}, "able"),
+        ({"qkv_dtype": "float8_e5m2"}, "reference"),
+    ):
+        selection = hal.select(request(**fields, phases="prefill"))
+        assert selection.kernels() == {"prefill": f"{chosen}.prefill"}, fields
+        if chosen != "plain":
+            assert [r.field for r in reasons(selection, "plain.prefill")] == list(fields)
 
 
 @pytest.mark.parametrize("missing", [n for n, r in AttentionRequest.rules().items() if r.required])

@@ -50,7 +50,8 @@ def layers(only: tuple[str, ...] = ()) -> dict[str, Any]:
                     if cache and isinstance(request, AttentionRequest):
                         found[f"{name} {FP8}"] = request.replace(kv_dtype=FP8)
     name = f"{ALONE[0]} {FP8}"
-    return {**found, f"{name}, FP8 queries": found[name].replace(fp8_query=True)}
+    fresh = found[name].replace(kv_dtype="bfloat16", qkv_dtype=FP8, phases=("prefill",))
+    return {**found, f"{name}, FP8 queries": found[name].replace(fp8_query=True), f"{ALONE[0]} q, k, v {FP8}": fresh}
 
 
 @functools.cache

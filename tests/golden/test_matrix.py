@@ -88,6 +88,8 @@ def requests() -> dict[str, Any]:
         "deterministic with lse": AttentionRequest(**base, deterministic=True, return_lse=True),
         "kv float8_e5m2 per head": AttentionRequest(**base, kv_dtype="float8_e5m2", kv_scale="head"),
         "graph": AttentionRequest(**base, graph=True),
+        "q, k, v float8_e4m3fn": AttentionRequest(**base, qkv_dtype="float8_e4m3fn"),
+        "q, k, v float8_e4m3fnuz per head": AttentionRequest(**base, qkv_dtype="float8_e4m3fnuz", qkv_scale="head"),
         "cache write": KvCacheWriteRequest(num_kv_heads=8, head_dim=128),
         "cache write fp8": KvCacheWriteRequest(num_kv_heads=8, head_dim=128, kv_dtype="float8_e4m3fn"),
         "DeepSeek-V3 latent": MlaAttentionRequest(num_q_heads=128),

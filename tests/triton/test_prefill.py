@@ -52,6 +52,9 @@ CORNERS: dict[str, dict[str, Any]] = {
     "alibi": {"alibi": True},
     "scale": {"softmax_scale": 0.3},
     "negative scale": {"softmax_scale": -0.3},
+    "e4m3fn": {"dtype": "float16", "qkv_dtype": "float8_e4m3fn", "return_lse": True},
+    "e4m3fn a head": {"qkv_dtype": "float8_e4m3fn", "qkv_scale": "head", "head_dim": 96, "window": 9},
+    "e5m2": {"dtype": "float32", "qkv_dtype": "float8_e5m2", "v_head_dim": 32, "softcap": 20.0, "return_lse": True},
     "everything": {
         "softcap": 30.0, "sinks": True, "alibi": True, "window": 20, "return_lse": True,
         "num_q_heads": 6, "head_dim": 80, "softmax_scale": 0.2,
@@ -66,7 +69,9 @@ def test_a_corner_is_right(corner: str, device: str, assert_right: Check) -> Non
     assert_right(make_case(request, "prefill", device=device).check(prefill(request, device)))
 
 
-@pytest.mark.parametrize("corner", ["plain", "head_dim 96", "window, both sides", "sinks", "everything"])
+@pytest.mark.parametrize(
+    "corner", ["plain", "head_dim 96", "window, both sides", "sinks", "everything", "e4m3fn a head"]
+)
 def test_a_dense_batch_is_right(corner: str, device: str, assert_right: Check) -> None:
     request = request_of(**CORNERS[corner])
     for lengths in ([(33, 33)] * 2, [(5, 40)] * 2, [(40, 5)], [(3, 0)]):

@@ -33,6 +33,7 @@ def variants() -> Iterator[Variant]:
             yield from _portable(config, (config.dim, config.dim), "bfloat16", arch)
             for kv_dtype in (name for name, short in FP8.items() if short in target.formats):
                 yield _extend(config, (config.dim, config.dim), "bfloat16", arch, kv_dtype=kv_dtype)
+                yield _prefill(config, (config.dim, config.dim), "bfloat16", arch, qkv_dtype=kv_dtype, phases="prefill")
         for config in configs_of(arch, wide=True):
             yield from _portable(config, (config.dim, config.dim), "float32", arch)
     for config in HOPPER_PREFILL:
@@ -57,9 +58,9 @@ def _request(dims: tuple[int, int], dtype: str, **fields: Any) -> AttentionReque
 
 def _prefill(config: Config, dims: tuple[int, int], dtype: str, arch: str, **fields: Any) -> Variant:
     request = _request(dims, dtype, **fields)
-    return _variant(
-        PREFILL, _label(request, arch, config), config, request, {"RAGGED": True, "UNIT": 16, "LSE": True}, (arch,)
-    )
+    scales = 0 if request.qkv_dtype == dtype else 1
+    constants = {"RAGGED": True, "UNIT": 16, "LSE": True, **dict.fromkeys(("Q_SCALES", "K_SCALES", "V_SCALES"), scales)}
+    return _variant(PREFILL, _label(request, arch, config), config, request, constants, (arch,))
 
 
 def _extend(config: Config, dims: tuple[int, int], dtype: str, arch: str, **fields: Any) -> Variant:
@@ -80,6 +81,7 @@ def _hopper(phase: str, config: Hopper, dtype: str, page_size: int, **fields: An
 def _label(request: AttentionRequest, arch: str, config: Config | Hopper) -> str:
     special = ", window, softcap, sinks" * bool(request.softcap)
     cache = f", KV {request.kv_dtype}" * (request.kv_dtype != request.dtype)
+    cache += f", q, k, v {request.qkv_dtype}" * (request.qkv_dtype != request.dtype)
     return f"{request.head_dim}/{request.v_head_dim} {request.dtype}{cache}{special}, {config}, {arch}"
 
 
@@ -98,6 +100,7 @@ def _variant(
     absent = {
         "sinks": request.sinks,
         "slopes": False,
+        "q_scale": known.get("Q_SCALES"),
         "k_scale": known.get("K_SCALES"),
         "v_scale": known.get("V_SCALES"),
     }
@@ -119,11 +122,11 @@ def _must_fit(request: AttentionRequest, arch: str) -> bool:
 def _type(name: str, config: Config | Hopper, request: AttentionRequest, constants: dict[str, Any]) -> str:
     if "_box" in name:
         return _box(name, config, request, constants["TMA"])
-    if name in ("q", "out"):
+    if name == "out":
         return f"*{TYPES[request.dtype]}"
-    if name in ("k", "v"):
-        return f"*{TYPES[request.kv_dtype if 'PAGE_SIZE' in constants else request.dtype]}"
-    if name in ("lse", "sinks", "slopes", "k_scale", "v_scale"):
+    if name in ("q", "k", "v"):
+        return f"*{TYPES[request.kv_dtype if 'PAGE_SIZE' in constants and name != 'q' else request.qkv_dtype]}"
+    if name in ("lse", "sinks", "slopes", "q_scale", "k_scale", "v_scale"):
         return "*fp32" if name != "lse" or constants["LSE"] else f"*{TYPES[request.dtype]}"
     if name in ("cu_q", "cu_k", "kv_lens", "table", "tiles"):
         return "*i32"

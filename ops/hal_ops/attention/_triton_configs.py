@@ -126,11 +126,15 @@ def config_of(arch: str, request: AttentionRequest) -> Config:
     raise ValueError(f"head_dim {dim}: these kernels take at most 256")
 
 
+def _read(request: AttentionRequest, cached: bool) -> str:
+    return request.kv_dtype if cached else request.qkv_dtype
+
+
 def hopper_of(arch: str, request: AttentionRequest, *, cached: bool) -> Hopper | None:
     """The configuration of the kernel made for this arch, if it is and if it serves the request."""
     dims = (request.head_dim, request.v_head_dim)
     whole = all(sum(cut(dim)) == dim for dim in dims)
-    if arch != "sm_90" or request.dtype == "float32" or not whole or (cached and is_fp8(request.kv_dtype)):
+    if arch != "sm_90" or request.dtype == "float32" or not whole or is_fp8(_read(request, cached)):
         return None
     table = HOPPER_EXTEND if cached else HOPPER_PREFILL
     return next((c for c in table if dims[0] <= c.dim and dims[1] <= c.v_dim), None)

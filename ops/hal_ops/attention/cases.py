@@ -18,6 +18,7 @@ from hal_ops._op import resolve_target
 from hal_ops._request import AUTO
 from hal_ops.attention import masks
 from hal_ops.attention.contract import Step
+from hal_ops.attention.fresh_inputs import fresh_inputs
 from hal_ops.attention.op import ATTENTION
 from hal_ops.attention.paged_inputs import block_tables, build_cache, make_step, scales, slots_of
 from hal_ops.attention.request import AttentionRequest
@@ -71,9 +72,11 @@ class AttentionCase(CountedCase):
     def check(self, implementation: Callable[..., Any]) -> tuple[Comparison, ...]:
         """Compares out (and lse) by the gates of :mod:`hal_ops.compare`."""
         found, right, low = self.call(implementation), self.expected(), self.low_precision()
-        fp8 = self.phase != "prefill" and is_fp8(self.request.kv_dtype)
-        dtype = self.request.kv_dtype if fp8 else self.request.dtype
-        slack = 2.0 if fp8 and self.request.fp8_query else 1.5 if self.request.softcap else 1.0
+        request, fresh = self.request, self.phase == "prefill"
+        read = request.qkv_dtype if fresh else request.kv_dtype
+        dtype = read if is_fp8(read) else request.dtype
+        rounds = is_fp8(read) and (fresh or request.fp8_query)
+        slack = 2.0 if rounds else 1.5 if request.softcap else 1.0
         name = f"{self.phase} {self.label}"
         wanted = torch_dtype(self.request.dtype)
         if found["out"].dtype != wanted:
@@ -238,37 +241,16 @@ def _build(
         kwargs["sinks"] = torch.randn(heads, generator=draw) + 2.0
     if request.alibi:
         kwargs["alibi_slopes"] = 0.5 * torch.rand(heads, generator=draw) + 0.05
-    q = q.to(torch_dtype(request.dtype))
     if phase == "prefill":
-        args = _prefill_args(request, lengths, q, k, v, form, kwargs)
+        positions = torch.cat([torch.arange(kv) for _, kv in lengths])
+        args = fresh_inputs(
+            request, lengths, (q, k(positions, request.head_dim), v(positions, request.v_head_dim)), form, kwargs
+        )
     else:
+        q = q.to(torch_dtype(request.dtype))
         args = _paged_args(request, lengths, q, k, v, draw, str(device) if interleaved else None, kwargs)
     args, kwargs = tuple(moved(x, str(device)) for x in args), {n: moved(x, str(device)) for n, x in kwargs.items()}
     return AttentionCase(request, phase, label, lengths, args, kwargs, oracle)
-
-
-def _prefill_args(
-    request: AttentionRequest,
-    lengths: tuple[tuple[int, int], ...],
-    q: Tensor,
-    k: Keys,
-    v: Keys,
-    form: str,
-    kwargs: dict[str, Any],
-) -> tuple[Any, ...]:
-    positions = torch.cat([torch.arange(kv) for _, kv in lengths])
-    dtype = torch_dtype(request.dtype)
-    three = q, k(positions, request.head_dim).to(dtype), v(positions, request.v_head_dim).to(dtype)
-    if form == "dense":
-        if len(set(lengths)) != 1:
-            raise ValueError(f"a dense batch has equal lengths; these are {lengths}: use form='ragged'")
-        return tuple(x.view(len(lengths), len(x) // len(lengths), *x.shape[1:]) for x in three)
-    if form != "ragged":
-        raise ValueError(f"form={form!r}: choose 'dense' or 'ragged'")
-    for name, lens in (("q", [q for q, _ in lengths]), ("k", [kv for _, kv in lengths])):
-        kwargs[f"cu_seqlens_{name}"] = torch.tensor([0, *lens]).cumsum(0).int()
-        kwargs[f"max_seqlen_{name}"] = max(lens)
-    return three
 
 
 def _paged_args(

@@ -12,6 +12,9 @@ them: ``[tokens, heads, dim]``, int32 cumulative lengths in tokens on q's device
 know lengths on the host may have ``fn.for_step(step) -> fn``: the same call for a step whose keys are its queries' own,
 made once for all layers from the step's host lengths.
 
+If the request has an FP8 ``qkv_dtype``, q, k and v are in it, ``out`` in ``request.dtype``, and ``fn`` takes ``q_scale``,
+``k_scale`` and ``v_scale`` too: None (1.0), or float32 of one element or ``[num_kv_heads]``, that values were divided by.
+
 **extend**, **decode**: ``factory(request, device) -> impl``, an object with ``impl.plan(step) -> payload`` (what this
 kernel wants to know about the step; may be None; no device synchronisation) and ::
 
@@ -21,7 +24,7 @@ kernel wants to know about the step; may be None; no device synchronisation) and
 q is ``[tokens, num_q_heads, head_dim]``; the caches are in ``request.kv_layout``; the last ``q_len`` tokens of a row's
 ``kv_len`` are this step's, already written.
 
-``out`` has q's dtype and ``v_head_dim``; ``lse`` is float32 ``[batch, q_len, num_q_heads]`` or
+``out`` has ``request.dtype`` and ``v_head_dim``; ``lse`` is float32 ``[batch, q_len, num_q_heads]`` or
 ``[tokens, num_q_heads]``, the natural log of the softmax denominator (the sink included). ``sinks`` and
 ``alibi_slopes`` are float32 ``[num_q_heads]``. ``k_scale`` and ``v_scale`` are None (1.0), or float32 tensors of one
 element or ``[num_kv_heads]``.

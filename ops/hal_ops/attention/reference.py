@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hal_ops._dtypes import is_fp8
+from hal_ops._dtypes import is_fp8, torch_dtype
 from hal_ops.attention import masks
 from hal_ops.attention.contract import PagedAttention, PrefillAttention, Step
 from hal_ops.attention.request import AttentionRequest
@@ -46,9 +46,15 @@ def prefill(
         max_seqlen_k: int | None = None,
         sinks: Tensor | None = None,
         alibi_slopes: Tensor | None = None,
+        q_scale: Tensor | None = None,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
         return_lse: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         check_tensors(request, sinks, alibi_slopes)
+        if is_fp8(request.qkv_dtype):
+            q = _widened(q, q_scale, request.group_size, accumulate)
+            k, v = _widened(k, k_scale, 1, accumulate), _widened(v, v_scale, 1, accumulate)
         dense = cu_seqlens_q is None
         if cu_seqlens_q is None or cu_seqlens_k is None:
             sequences = list(zip(q, k, v, strict=True))
@@ -59,10 +65,19 @@ def prefill(
         out, lse = _join(pairs, q, request, accumulate)
         if dense:
             out, lse = out.view(*q.shape[:-1], request.v_head_dim), lse.view(q.shape[:-1])
-        out, lse = (out.to(q.dtype), lse.float()) if rounded else (out, lse)
+        out, lse = (out.to(torch_dtype(request.dtype)), lse.float()) if rounded else (out, lse)
         return (out, lse) if return_lse else out
 
     return call
+
+
+def _widened(x: Tensor, scale: Tensor | None, group_size: int, accumulate: torch.dtype) -> Tensor:
+    """FP8 values ``[..., heads, dim]`` times their scale, which is of all heads or one for each ``group_size`` of them."""
+    wide = x.to(accumulate)
+    if scale is None:
+        return wide
+    factors = scale.to(accumulate)
+    return wide * (factors.repeat_interleave(group_size) if factors.numel() > 1 else factors).view(-1, 1)
 
 
 class _Paged:

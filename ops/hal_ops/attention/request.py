@@ -80,11 +80,14 @@ class AttentionRequest(Request):
         softmax_scale: multiplies q·k; default ``1 / sqrt(head_dim)``, written out here.
         page_size: tokens a page of the cache; kv_layout: ``"NHD"`` or ``"HND"``; either may be ``"auto"``.
         kv_scale: an FP8 cache has one k and one v scale a ``"tensor"`` or a ``"head"``.
+        qkv_dtype: format of q, k and v where they are fresh (prefill), if it is FP8 (default: ``dtype``, which the output
+            has); qkv_scale: such a call has one q, k and v scale a ``"tensor"`` or a ``"head"`` of k and v.
         fp8_query: a permission: over an FP8 cache, kernels may round q and the probabilities to the cache's format
             (faster products, errors of some percent). A kernel that keeps their precision serves such a request too.
         max_q_len: most queries a sequence in the decode phase (more than 1 for speculative decoding).
         return_lse, deterministic, needs_grad, graph: properties of the call that kernels must declare.
-        phases: the phases that the caller will use. With ``needs_grad`` the default is prefill alone.
+        phases: the phases that the caller will use. With ``needs_grad`` or an FP8 ``qkv_dtype`` the default is prefill
+            alone.
 
     Raises:
         ValueError: a value that no kernel could honour (negative softcap, heads that do not divide, ...).
@@ -111,6 +114,8 @@ class AttentionRequest(Request):
     alibi: bool = feature(False)
     softmax_scale: float = feature(lambda r: 1.0 / math.sqrt(r.head_dim))
     kv_scale: str = feature("tensor", phases=PAGED)
+    qkv_dtype: str = feature(lambda r: r.dtype, phases=("prefill",), code="dtype")
+    qkv_scale: str = feature("tensor", phases=("prefill",))
     return_lse: bool = feature(False)
     deterministic: bool = feature(False)
     needs_grad: bool = feature(False)
@@ -131,13 +136,17 @@ class AttentionRequest(Request):
             )
         put(self, "dtype", dtype_name(self.dtype))
         put(self, "kv_dtype", _kv_dtype(self.kv_dtype, self.dtype))
+        put(self, "qkv_dtype", _kv_dtype(self.qkv_dtype, self.dtype))
         put(self, "softcap", _softcap(self.softcap))
         put(self, "softmax_scale", _scale(self.softmax_scale, self.head_dim))
         for name in ("causal", "sinks", "alibi", "return_lse", "deterministic", "needs_grad", "graph", "fp8_query"):
             flag(name, getattr(self, name))
         put(self, "window", normalize_window(self.window, causal=self.causal))
         self._check_cache()
-        put(self, "phases", _phases(self.phases, self.needs_grad))
+        fresh_fp8 = self.qkv_dtype != self.dtype
+        put(self, "phases", _phases(self.phases, alone=self.needs_grad or fresh_fp8))
+        if fresh_fp8 or self.qkv_scale != "tensor":
+            self._check_fresh()
 
     def _check_cache(self) -> None:
         if self.page_size != AUTO:
@@ -149,26 +158,46 @@ class AttentionRequest(Request):
         if self.kv_scale == "head" and not (is_fp8(self.kv_dtype) or self.kv_dtype == "fp8"):
             raise ValueError(f"kv_scale='head' needs an FP8 cache; kv_dtype is {self.kv_dtype}")
 
+    def _check_fresh(self) -> None:
+        """FP8 q, k and v, which are of fresh calls alone."""
+        if self.qkv_scale not in ("tensor", "head"):
+            raise ValueError(f"qkv_scale={self.qkv_scale!r}: choose 'tensor' (one scale) or 'head' (one a kv head)")
+        if not (is_fp8(self.qkv_dtype) or self.qkv_dtype == "fp8"):
+            if self.qkv_dtype == self.dtype:
+                raise ValueError(f"qkv_scale='head' needs FP8 q, k and v; qkv_dtype is {self.qkv_dtype}")
+            raise ValueError(f"qkv_dtype={self.qkv_dtype}: q, k and v are in dtype, {self.dtype}, or in an FP8 format")
+        if self.phases != ("prefill",):
+            raise ValueError(
+                f"qkv_dtype={self.qkv_dtype} with phases {', '.join(self.phases or ())}: FP8 q, k and v are of calls "
+                "without a cache (phases='prefill'); over a cache kv_dtype and fp8_query say what may be FP8"
+            )
+        if self.needs_grad:
+            raise ValueError(f"needs_grad=True with qkv_dtype={self.qkv_dtype}: FP8 values have no gradient")
+
     @property
     def group_size(self) -> int:
         """Query heads a kv head."""
         return self.num_q_heads // self.num_kv_heads
 
     def resolved(self, capabilities: frozenset[str]) -> AttentionRequest:
-        """Replace the generic ``kv_dtype="fp8"`` by the e4m3 flavour that the device declares.
+        """Replace the generic ``"fp8"`` of ``kv_dtype`` and ``qkv_dtype`` by the e4m3 flavour that the device declares.
 
         Raises:
             ValueError: the device declares neither ``fp8_e4m3fn`` nor ``fp8_e4m3fnuz``.
         """
-        if self.kv_dtype != "fp8":
+        generic = [name for name in ("kv_dtype", "qkv_dtype") if getattr(self, name) == "fp8"]
+        if not generic:
             return self
         for flavour in ("e4m3fn", "e4m3fnuz"):
             if f"fp8_{flavour}" in capabilities:
-                return self.replace(kv_dtype=f"float8_{flavour}")
+                return self.replace(**dict.fromkeys(generic, f"float8_{flavour}"))
         raise ValueError(
-            "kv_dtype='fp8' stands for the device's own e4m3 format, and this device declares none "
+            f"{generic[0]}='fp8' stands for the device's own e4m3 format, and this device declares none "
             "(fp8_e4m3fn, fp8_e4m3fnuz); name the format exactly, or leave the cache in the compute dtype"
         )
+
+    def extra_keywords(self, phase: str) -> tuple[str, ...]:
+        return ("q_scale", "k_scale", "v_scale") if phase == "prefill" and is_fp8(self.qkv_dtype) else ()
 
     def describe(self) -> str:
         """One line for people: heads, dims, formats, and every feature that is on."""
@@ -194,6 +223,8 @@ class AttentionRequest(Request):
             "softcap": f"softcap {self.softcap:g}",
             "softmax_scale": f"softmax_scale {self.softmax_scale:g}",
             "kv_scale": f"kv_scale per {self.kv_scale}",
+            "qkv_dtype": f"q, k, v {self.qkv_dtype}",
+            "qkv_scale": f"qkv_scale per {self.qkv_scale}",
         }
         return tuple((n, shown.get(n, n)) for n, rule in self.rules().items() if not rule.required)
 
@@ -218,9 +249,9 @@ def _scale(value: Any, head_dim: int) -> float:
     return scale
 
 
-def _phases(value: Any, needs_grad: bool) -> tuple[str, ...]:
+def _phases(value: Any, *, alone: bool) -> tuple[str, ...]:
     if value is None:
-        return ("prefill",) if needs_grad else PHASES
+        return ("prefill",) if alone else PHASES
     chosen = (value,) if isinstance(value, str) else tuple(value)
     wrong = [p for p in chosen if p not in PHASES]
     if wrong or not chosen:

@@ -221,6 +221,8 @@ def tile(
 ):  # fmt: skip
     """The tile whose first row is at ``q``, ``out`` and ``lse``: token ``token`` of its sequence, head ``head``.
 
+    Products are of the output's format, into which q, k and v are converted.
+
     ``k`` and ``v`` are at the first key of the kv head, or with ``PAGE_SIZE`` > 0 at the head's place in page 0.
     """
     TOKENS: tl.constexpr = BLOCK_M // PACK
@@ -232,6 +234,7 @@ def tile(
     queries_rest = queries
     if REST > 0:
         queries_rest = _load_rows(q, offsets, valid, DIM, REST, CUT)
+    queries, queries_rest = queries.to(out.dtype.element_ty), queries_rest.to(out.dtype.element_ty)
     top, total, slope = _start_rows(sinks, slopes, head + rows % PACK, SINKS, ALIBI, BLOCK_M)
     shift = kv_len - q_len
     acc, rest, total, top = _attend(

@@ -201,7 +201,8 @@ def _tile(
 def hopper_prefill(
     k_box, k_box_rest, k_batch_rows, k_head_rows, k_head_columns,
     v_box, v_box_rest, v_batch_rows, v_head_rows, v_head_columns,
-    q, k, v, out, lse, sinks, slopes, cu_q, cu_k, batch, q_len, kv_len, blocks, section, left, right, scale, cap,
+    q, k, v, out, lse, sinks, slopes, q_scale, k_scale, v_scale, cu_q, cu_k,
+    batch, q_len, kv_len, blocks, section, left, right, scale, cap,
     q_batch_units, q_stride, q_head_stride, k_batch_units, k_stride, k_head_stride,
     v_batch_units, v_stride, v_head_stride, out_stride, out_head_stride,
     HEADS: gl.constexpr, GROUP: gl.constexpr, PACK: gl.constexpr, RAGGED: gl.constexpr, UNIT: gl.constexpr,
@@ -210,7 +211,7 @@ def hopper_prefill(
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
     SINKS: gl.constexpr, PLAIN: gl.constexpr, LSE: gl.constexpr, PARTS: gl.constexpr, COPY_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """The same as :func:`hal_ops.attention.triton_prefill.prefill_kernel`."""
+    """The same as :func:`hal_ops.attention.triton_prefill.prefill_kernel`, without scales, which are None."""
     row, head, token, q_start, k_start, out_start, q_len, kv_len = place(
         cu_q, cu_k, batch, q_len, kv_len, blocks, section, HEADS // PACK, PACK, 64 * PARTS // PACK, RAGGED
     )

@@ -1,8 +1,9 @@
 """Prefill in Triton: attention over fresh keys, dense or ragged.
 
 What :func:`prefill` honours: any heads and group sizes; head dims up to 256, equal or not; float16, bfloat16 and
-float32; causal or not, windows (blocks of keys outside of them cost nothing), softcap, sinks, ALiBi, any scale; LSE;
-sequences without queries or without keys. The result is the same bits each time. There is no backward.
+float32; q, k and v in an FP8 format that Triton converts on the arch, with scales a tensor or a head (products are of
+the output's format); causal or not, windows (blocks of keys outside of them cost nothing), softcap, sinks, ALiBi, any
+scale; LSE; sequences without queries or without keys. The result is the same bits each time. There is no backward.
 
 On sm_90 with Triton 3.6 to 3.9 the kernel of :mod:`hal_ops.attention.triton_hopper` is launched for 16-bit formats and
 head dims that are sums of two powers of two, where strides are multiples of 16 elements; else the one here.
@@ -19,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hal_ops._dtypes import torch_dtype
 from hal_ops._gpu import gpu_of
 from hal_ops.attention._triton_configs import Config, Hopper, config_of, hopper_of
 from hal_ops.attention._triton_features import Features, check
@@ -41,10 +43,11 @@ _CACHED = 32 << 20
         "batch", "q_len", "kv_len", "blocks", "section", "left", "right",
         "q_batch_units", "k_batch_units", "v_batch_units",
     ],
-    do_not_specialize_on_alignment=["sinks", "slopes", "cu_q", "cu_k"],
+    do_not_specialize_on_alignment=["sinks", "slopes", "q_scale", "k_scale", "v_scale", "cu_q", "cu_k"],
 )  # fmt: skip
 def prefill_kernel(
-    q, k, v, out, lse, sinks, slopes, cu_q, cu_k, batch, q_len, kv_len, blocks, section, left, right, scale, cap,
+    q, k, v, out, lse, sinks, slopes, q_scale, k_scale, v_scale, cu_q, cu_k,
+    batch, q_len, kv_len, blocks, section, left, right, scale, cap,
     q_batch_units, q_stride, q_head_stride, k_batch_units, k_stride, k_head_stride,
     v_batch_units, v_stride, v_head_stride, out_stride, out_head_stride,
     HEADS: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, RAGGED: tl.constexpr, UNIT: tl.constexpr,
@@ -52,10 +55,12 @@ def prefill_kernel(
     V_DIM: tl.constexpr, V_CUT: tl.constexpr, V_REST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     SINKS: tl.constexpr, PLAIN: tl.constexpr, LSE: tl.constexpr, PRECISION: tl.constexpr,
+    Q_SCALES: tl.constexpr, K_SCALES: tl.constexpr, V_SCALES: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries, see :func:`hal_ops.attention._triton_place.place`. ``out`` and ``lse`` are contiguous.
 
     ``batch_units`` are strides divided by ``UNIT``, so that Triton knows rows to be aligned without compiling them in.
+    ``Q_SCALES``, ``K_SCALES``, ``V_SCALES``: scales there are: 0, 1, or one a kv head.
     """
     row, head, token, q_start, k_start, out_start, q_len, kv_len = place(
         cu_q, cu_k, batch, q_len, kv_len, blocks, section, HEADS // PACK, PACK, BLOCK_M // PACK, RAGGED
@@ -70,8 +75,15 @@ def prefill_kernel(
     v += (head // GROUP).to(tl.int64) * v_head_stride
     out += (out_start + token).to(tl.int64) * out_stride + head * out_head_stride
     lse += (out_start + token).to(tl.int64) * HEADS + head
+    if Q_SCALES > 0:
+        scale *= tl.load(q_scale + (head // GROUP if Q_SCALES > 1 else 0))
+    if K_SCALES > 0:
+        scale *= tl.load(k_scale + (head // GROUP if K_SCALES > 1 else 0))
+    factor = 1.0
+    if V_SCALES > 0:
+        factor = tl.load(v_scale + (head // GROUP if V_SCALES > 1 else 0))
     tile(
-        q, k, v, out, out, lse, sinks, slopes, head, token, q_len, kv_len, left, right, scale, cap, 1.0,
+        q, k, v, out, out, lse, sinks, slopes, head, token, q_len, kv_len, left, right, scale, cap, factor,
         q_stride, q_head_stride, 0, k_stride, 0, v_stride, out_stride, out_head_stride,
         HEADS, PACK, 0, DIM, CUT, REST, V_DIM, V_CUT, V_REST, BLOCK_M, BLOCK_N,
         HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, SINKS, PLAIN, LSE, PRECISION,
@@ -98,6 +110,7 @@ class _Prefill:
     def __init__(self, request: AttentionRequest, device: object, configs: tuple[Config | Hopper, ...]) -> None:
         self.request = request
         self.features = Features.of(request)
+        self.dtype = torch_dtype(request.dtype)
         self.gpu = gpu_of(device)
         if not configs:
             hopper = hopper_of(self.gpu.arch, request, cached=False) if gluon_works() else None
@@ -124,18 +137,22 @@ class _Prefill:
         max_seqlen_k: int | None = None,
         sinks: Tensor | None = None,
         alibi_slopes: Tensor | None = None,
+        q_scale: Tensor | None = None,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
         return_lse: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         check_tensors(self.request, sinks, alibi_slopes)
-        out = q.new_empty((*q.shape[:-1], self.request.v_head_dim))
+        out = q.new_empty((*q.shape[:-1], self.request.v_head_dim), dtype=self.dtype)
         lse = q.new_empty(q.shape[:-1], dtype=torch.float32) if return_lse else out
+        extras = (sinks, alibi_slopes, q_scale, k_scale, v_scale, cu_seqlens_q, cu_seqlens_k)
         if out.numel() and cu_seqlens_q is None:
-            self._run(q, k, v, out, lse, sinks, alibi_slopes, None, None, q.shape[0], k.shape[1], return_lse)
+            self._run(q, k, v, out, lse, extras, q.shape[0], k.shape[1], return_lse)
         elif out.numel() and cu_seqlens_q is not None:
             q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
             batch = cu_seqlens_q.shape[0] - 1
             keys = max_seqlen_k or -(-k.shape[1] // batch)
-            self._run(q, k, v, out, lse, sinks, alibi_slopes, cu_seqlens_q, cu_seqlens_k, batch, keys, return_lse)
+            self._run(q, k, v, out, lse, extras, batch, keys, return_lse)
         return (out, lse) if return_lse else out
 
     def _run(
@@ -145,26 +162,27 @@ class _Prefill:
         v: Tensor,
         out: Tensor,
         lse: Tensor,
-        sinks: Tensor | None,
-        slopes: Tensor | None,
-        cu_q: Tensor | None,
-        cu_k: Tensor | None,
+        extras: tuple[Tensor | None, ...],
         batch: int,
         keys: int,
         return_lse: bool,
     ) -> None:
-        """q, k, v are ``[batch, tokens, heads, dim]``, or with ``cu_q`` ``[1, tokens, heads, dim]``."""
+        """q, k, v are ``[batch, tokens, heads, dim]``, or ``[1, tokens, heads, dim]`` with cumulative lengths.
+
+        ``extras``: sinks, slopes, the scales of q, k and v, and the cumulative lengths of queries and keys.
+        """
         way, boxes = next((way, boxes) for way in self.ways if (boxes := way.boxes(k, v)) is not None)
-        ragged = cu_q is not None
+        ragged = extras[-1] is not None
         q_len = q.shape[1]
         blocks = q_len // way.tokens + batch if ragged else -(-q_len // way.tokens)
         pairs = way.tile_heads * q.shape[0]
         f = self.features
         outer = q.stride(0), k.stride(0), v.stride(0)
         unit = 1 if any(stride % _UNIT for stride in outer) else _UNIT
+        scales = () if q.dtype is self.dtype else tuple(0 if s is None else s.numel() for s in extras[2:5])
         way.launch(
-            blocks * pairs, key_of((return_lse, ragged, unit), q, k, v), *boxes,
-            q, k, v, out, lse, sinks, slopes, cu_q, cu_k, batch, q_len, k.shape[1], blocks,
+            blocks * pairs, key_of((return_lse, ragged, unit, *scales), q, k, v), *boxes,
+            q, k, v, out, lse, *extras, batch, q_len, k.shape[1], blocks,
             min(pairs, self._section(way, keys)), f.left, f.right, f.scale, f.cap,
             outer[0] // unit, *q.stride()[1:3], outer[1] // unit, *k.stride()[1:3], outer[2] // unit, *v.stride()[1:3],
             out.stride(-3), out.stride(-2),
@@ -173,9 +191,11 @@ class _Prefill:
     def _section(self, way: Way, keys: int) -> int:
         """How many pairs of sequence and head run side by side, so that their keys and values stay in the cache."""
         r = self.request
-        size = 2 * max(1, keys) * (r.head_dim + r.v_head_dim)
+        size: int = torch_dtype(r.qkv_dtype).itemsize * max(1, keys) * (r.head_dim + r.v_head_dim)
         return max(1, _CACHED // size) * (r.group_size // way.pack)
 
 
-def _constants(call: tuple[bool, bool, int]) -> dict[str, Any]:
-    return {"LSE": call[0], "RAGGED": call[1], "UNIT": call[2]}
+def _constants(call: tuple[Any, ...]) -> dict[str, Any]:
+    return_lse, ragged, unit, *scales = call
+    known = {"LSE": return_lse, "RAGGED": ragged, "UNIT": unit}
+    return {**known, **dict(zip(("Q_SCALES", "K_SCALES", "V_SCALES"), scales or (0, 0, 0), strict=True))}

@@ -50,16 +50,19 @@ def num_bytes(request: AttentionRequest, phase: str, lengths: Lengths) -> float:
     """Bytes of q and out, and of the keys and values that some query sees, each once.
 
     Args:
-        phase: ``"prefill"`` reads k and v in the request's dtype; the others a cache in ``kv_dtype``.
+        phase: ``"prefill"`` reads q, k and v in ``qkv_dtype``; the others a cache in ``kv_dtype``.
         lengths: (q_len, kv_len) a sequence.
     """
     limits = masks.sides(request.causal, request.window)
     own = torch_dtype(request.dtype).itemsize
-    item = own if phase == "prefill" else torch_dtype(request.kv_dtype).itemsize
+    fresh = torch_dtype(request.qkv_dtype).itemsize
+    item = fresh if phase == "prefill" else torch_dtype(request.kv_dtype).itemsize
     queries = sum(q for q, _ in lengths)
     keys = sum(_pairs(q, kv, limits)[1] for q, kv in lengths)
+    rows = queries * request.num_q_heads
     dims = float(request.head_dim + request.v_head_dim)
-    total: float = dims * (own * queries * request.num_q_heads + item * keys * request.num_kv_heads)
+    total: float = rows * (fresh * request.head_dim + own * request.v_head_dim)
+    total += dims * item * keys * request.num_kv_heads
     return total
 
 

@@ -52,7 +52,8 @@ def prefill(request: AttentionRequest, device: hal.Device) -> PrefillAttention:
         "deterministic": request.deterministic and request.needs_grad,
     }
     dense, ragged = partial(flash_attn_func, **options), partial(flash_attn_varlen_func, **options)
-    v_head_dim, with_sinks = request.v_head_dim, request.sinks
+    v_head_dim, with_sinks, dtype = request.v_head_dim, request.sinks, torch_dtype(request.dtype)
+    kv_heads = request.num_kv_heads
 
     def call(
         q: Tensor,
@@ -65,13 +66,19 @@ def prefill(request: AttentionRequest, device: hal.Device) -> PrefillAttention:
         max_seqlen_k: int | None = None,
         sinks: Tensor | None = None,
         alibi_slopes: Tensor | None = None,
+        q_scale: Tensor | None = None,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
         return_lse: bool = False,
     ) -> Any:
         if with_sinks or sinks is not None or alibi_slopes is not None:
             check_tensors(request, sinks, alibi_slopes)
         if not q.numel() or not k.numel():
-            return nothing(q, v_head_dim, return_lse)
-        more = {} if sinks is None else {"sinks": sinks.to(torch.bfloat16)}
+            return nothing(q, v_head_dim, return_lse, dtype)
+        more: dict[str, Any] = {} if sinks is None else {"sinks": sinks.to(torch.bfloat16)}
+        if not q_scale is k_scale is v_scale is None:
+            rows = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+            more.update(_descales((rows, kv_heads), q_scale, k_scale, v_scale))
         if cu_seqlens_q is None:
             found = dense(q, k, v, return_attn_probs=return_lse, **more)
         else:
@@ -82,6 +89,12 @@ def prefill(request: AttentionRequest, device: hal.Device) -> PrefillAttention:
         return (found[0], found[1].transpose(-1, -2)) if return_lse else found
 
     return call
+
+
+def _descales(size: tuple[int, int], *scales: Tensor | None) -> dict[str, Tensor]:
+    """One number a row and kv head, without a copy."""
+    names = ("q_descale", "k_descale", "v_descale")
+    return {name: scale.expand(size) for name, scale in zip(names, scales, strict=True) if scale is not None}
 
 
 def extend(request: AttentionRequest, device: hal.Device) -> PagedAttention:
@@ -192,9 +205,7 @@ class _Paged:
             k_cache, v_cache = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
         if self._quantize is not None:
             q, scale = self._quantize(q)
-            scales = {"q_descale": scale, "k_descale": k_scale, "v_descale": v_scale}
-            size = (step.batch, self._kv_heads)
-            more.update((name, x.expand(size)) for name, x in scales.items() if x is not None)
+            more.update(_descales((step.batch, self._kv_heads), scale, k_scale, v_scale))
         found = self._attend(
             q, k_cache, v_cache, cache_seqlens=step.kv_lens, page_table=step.block_table,
             cu_seqlens_q=step.cu_seqlens_q, max_seqlen_q=payload.longest, scheduler_metadata=payload.metadata,

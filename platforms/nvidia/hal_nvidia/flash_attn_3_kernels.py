@@ -5,8 +5,8 @@ Read from upstream's ``hopper/`` at 203b9b3d (2025-08-29), 701ebe05 and 0251105a
 
 * archs: ``flash_api.cpp`` asks for 8.0 or newer and dispatches 10.x and 12.x to code for 9.0a, which cannot run there:
   8.0 (unless left out of the build) and 9.0 alone. CUDA 12.3 is the least that it is built with.
-* float16 and bfloat16; e4m3 caches with e4m3 *queries* alone, output bfloat16: hence ``fp8_query``. The adapter makes
-  them with one scale a call.
+* float16 and bfloat16; e4m3 for q, k and v together alone, output bfloat16. Over an e4m3 cache that needs
+  ``fp8_query``: the adapter makes such queries, with one scale a call.
 * head dims up to 256, multiples of 8 (of 16 in FP8); on 9.0 also 192 with 128, and up to 64 with up to 512.
 * a paged cache goes through ``flash_attn_with_kvcache`` alone, with any page size; strides are free.
 * pages that its TMA path reads whole (``get_pagedkv_tma``: a multiple of the key tile, and more queries than one tile
@@ -74,6 +74,8 @@ _COMMON: Mapping[str, Constraint] = {
     "graph": OneOf(False, True),
 }
 _FRESH: Mapping[str, Constraint] = {
+    "qkv_dtype": Either(SameAs("dtype"), OneOf(_FP8)),
+    "qkv_scale": OneOf("tensor", "head"),
     "needs_grad": Pairs("sinks", *_NOT_BOTH),
     "return_lse": Pairs("needs_grad", *_NOT_BOTH),
 }
@@ -111,6 +113,8 @@ def _reasons(request: Request, device: Device, phase: str) -> Iterator[Reason]:
     yield from _dims(request, device, found)
     if phase == "prefill":
         yield from _gradients(request, found)
+        if request.qkv_dtype == _FP8:
+            yield from _fp8(request, device, found, "qkv_dtype")
     else:
         yield from _cache(request, device, found, phase)
 
@@ -164,7 +168,7 @@ def _cache(request: AttentionRequest, device: Device, found: Build, phase: str) 
     if "PAGEDKV" in found.without or "VARLEN" in found.without:
         yield Reason("check", f"{found.name} was built without paged or ragged attention", "library")
     if request.kv_dtype == _FP8:
-        yield from _fp8(request, device, found)
+        yield from _fp8(request, device, found, "kv_dtype")
     queries = request.max_q_len * request.group_size if phase == "decode" else None
     size = request.page_size
     if isinstance(size, int) and device.arch.name == "sm_90" and (queries is None or queries > _SMALLEST_TILE):
@@ -175,19 +179,22 @@ def _cache(request: AttentionRequest, device: Device, found: Build, phase: str) 
             yield Reason("page_size", text, "page_size", str(size), f"at most {most}")
 
 
-def _fp8(request: AttentionRequest, device: Device, found: Build) -> Iterator[Reason]:
+def _fp8(request: AttentionRequest, device: Device, found: Build, field: str) -> Iterator[Reason]:
+    dim, v_dim, is_fp8 = request.head_dim, request.v_head_dim, f"{field} {_FP8}"
     if device.arch.name != "sm_90":
-        yield Reason("dtype", f"an FP8 cache needs sm_90; this is {device.arch.name}", "kv_dtype", _FP8, request.dtype)
+        yield Reason("dtype", f"{is_fp8} needs sm_90; this is {device.arch.name}", field, _FP8, request.dtype)
     if "FP8" in found.without:
-        yield Reason("dtype", f"{found.name} was built without FP8", "kv_dtype", _FP8, request.dtype)
+        yield Reason("dtype", f"{found.name} was built without FP8", field, _FP8, request.dtype)
     if request.dtype != "bfloat16":
-        text = f"dtype {request.dtype} with an FP8 cache; needs bfloat16, which the output has"
+        text = f"dtype {request.dtype} with {is_fp8}; needs bfloat16, which the output has"
         yield Reason("dtype", text, "dtype", request.dtype, "bfloat16")
-    if request.head_dim % 16:
-        text = f"head_dim {request.head_dim} with an FP8 cache; needs a multiple of 16"
-        yield Reason("head_dim", text, "head_dim", str(request.head_dim), "a multiple of 16")
+    if dim % 16:
+        yield Reason("head_dim", f"head_dim {dim} with {is_fp8}; needs a multiple of 16", "head_dim", str(dim), "16")
+    if dim != v_dim:
+        text = f"v_head_dim {v_dim} with head_dim {dim} and {is_fp8}, where it was never tried"
+        yield Reason("head_dim", text, "v_head_dim", str(v_dim), str(dim))
     if request.sinks:
-        yield _lacks("sinks", "not with an FP8 cache, where it was never tried")
+        yield _lacks("sinks", f"not with {is_fp8}, where it was never tried")
 
 
 def _built_archs() -> frozenset[str] | None:

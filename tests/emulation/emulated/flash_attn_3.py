@@ -93,15 +93,17 @@ def _settings(scale: float, causal: bool, window: Any, softcap: float, sinks: Te
 
 
 def flash_attn_func(
-    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool, qv: None, q_descale: None, k_descale: None,
-    v_descale: None, window_size: Any, attention_chunk: int, softcap: float, num_splits: int, pack_gqa: bool | None,
-    deterministic: bool, sm_margin: int, return_attn_probs: bool, sinks: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool, qv: None,
+    q_descale: Tensor | None, k_descale: Tensor | None, v_descale: Tensor | None, window_size: Any,
+    attention_chunk: int, softcap: float, num_splits: int, pack_gqa: bool | None, deterministic: bool,
+    sm_margin: int, return_attn_probs: bool, sinks: Tensor | None = None,
 ) -> Any:  # fmt: skip
     """Dense."""
     _check(q, k, v, sinks)
     settings = _settings(softmax_scale, causal, window_size, softcap, sinks)
-    out, lse = attend_rows(list(zip(q, k, v, strict=True)), q, v.shape[-1], **settings)
-    out = out.view(*q.shape[:-1], v.shape[-1]).to(q.dtype)
+    rows = _scaled(list(zip(q, k, v, strict=True)), (q_descale, k_descale, v_descale), q, k)
+    out, lse = attend_rows(rows, q, v.shape[-1], **settings)
+    out = out.view(*q.shape[:-1], v.shape[-1]).to(_out_dtype(q))
     lse = lse.detach().view(q.shape[:-1]).transpose(1, 2)
     lse = lse if k.numel() else torch.full_like(lse, torch.inf)
     return (out, lse) if return_attn_probs else out
@@ -109,9 +111,10 @@ def flash_attn_func(
 
 def flash_attn_varlen_func(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
-    seqused_q: None, seqused_k: None, softmax_scale: float, causal: bool, qv: None, q_descale: None, k_descale: None,
-    v_descale: None, window_size: Any, attention_chunk: int, softcap: float, num_splits: int, pack_gqa: bool | None,
-    deterministic: bool, sm_margin: int, return_attn_probs: bool, sinks: Tensor | None = None,
+    seqused_q: None, seqused_k: None, softmax_scale: float, causal: bool, qv: None,
+    q_descale: Tensor | None, k_descale: Tensor | None, v_descale: Tensor | None, window_size: Any,
+    attention_chunk: int, softcap: float, num_splits: int, pack_gqa: bool | None, deterministic: bool,
+    sm_margin: int, return_attn_probs: bool, sinks: Tensor | None = None,
 ) -> Any:  # fmt: skip
     """Ragged, over fresh keys."""
     _check(q, k, v, sinks)
@@ -119,8 +122,10 @@ def flash_attn_varlen_func(
     require(max(q_lens) <= max_seqlen_q, "rows longer than max_seqlen_q are left uncomputed")
     require(max(kv_lens) <= max_seqlen_k, "rows longer than max_seqlen_k are left uncomputed")
     rows = list(zip(q.split(q_lens), k.split(kv_lens), v.split(kv_lens), strict=True))
+    rows = _scaled(rows, (q_descale, k_descale, v_descale), q, k)
     out, lse = attend_rows(rows, q, v.shape[-1], **_settings(softmax_scale, causal, window_size, softcap, sinks))
-    return (out.to(q.dtype), lse.detach().t()) if return_attn_probs else out.to(q.dtype)
+    out = out.to(_out_dtype(q))
+    return (out, lse.detach().t()) if return_attn_probs else out
 
 
 def flash_attn_with_kvcache(
@@ -152,7 +157,7 @@ def flash_attn_with_kvcache(
     masks = _masks(causal, window_size, max_seqlen_q, width, q.shape[-1], True)
     _leak(out, lens, v_cache, page_table, cache_seqlens.tolist(), q, max_seqlen_q, masks)
     out, lse = _with_garbage(out, lse, q.shape[0])
-    out = out.to(torch.bfloat16 if q.dtype == _FP8 else q.dtype)
+    out = out.to(_out_dtype(q))
     return (out, lse.t(), torch.empty(0), torch.empty(0)) if return_softmax_lse else out
 
 
@@ -173,18 +178,22 @@ def _check_metadata(
     require(found[:8].tolist() == made_with, f"metadata of another step: {found[:8].tolist()}, this is {made_with}")
 
 
-def _scaled(rows: Any, scales: tuple[Tensor | None, ...], q: Tensor, k_cache: Tensor) -> Any:
+def _out_dtype(q: Tensor) -> torch.dtype:
+    return torch.bfloat16 if q.dtype == _FP8 else q.dtype
+
+
+def _scaled(rows: Any, scales: tuple[Tensor | None, ...], q: Tensor, k: Tensor) -> Any:
     if q.dtype != _FP8:
         require(all(scale is None for scale in scales), "descale without fp8 has no effect")
         return rows
-    group = q.shape[1] // k_cache.shape[2]
+    group = q.shape[-2] // k.shape[-2]
     require(
-        all(s is None or (s.dtype == torch.float32 and s.shape == (len(rows), k_cache.shape[2])) for s in scales),
+        all(s is None or (s.dtype == torch.float32 and s.shape == (len(rows), k.shape[-2])) for s in scales),
         "descale must be float32 [batch, kv_heads]",
     )
     made = []
     for index, three in enumerate(rows):
-        factors = [torch.ones(k_cache.shape[2]) if s is None else s[index] for s in scales]
+        factors = [torch.ones(k.shape[-2]) if s is None else s[index] for s in scales]
         factors[0] = factors[0].repeat_interleave(group)
         made.append(tuple(x.float() * f[:, None] for x, f in zip(three, factors, strict=True)))
     return made

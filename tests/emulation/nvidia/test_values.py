@@ -29,6 +29,7 @@ RICH: dict[str, dict[str, Any]] = {
     "HND": {"kv_layout": "HND"},
     "queries": {"max_q_len": 3},
     "graph": {"graph": True},
+    "FP8": {"qkv_dtype": "float8_e4m3fn", "qkv_scale": "head", "num_kv_heads": 4, "return_lse": True},
 }
 
 
@@ -52,7 +53,7 @@ def rich(name: str, arch: str = "sm_90") -> list[AttentionRequest]:
     kernel, device = hardware.kernel_named(name), hardware.device_of(arch)
     heads = 4 if library_of(name) == "sdpa_efficient" else 2
     found = []
-    for fields in RICH.values():
+    for fields in (f for f in RICH.values() if phase == "prefill" or "qkv_dtype" not in f):
         base = {"num_q_heads": 4, "num_kv_heads": heads, "head_dim": 64, "page_size": page, "kv_layout": "NHD"}
         request = AttentionRequest(**{**base, **fields}, phases=(phase,))
         refused = list(hal._eligibility._fields(kernel, request)) + list(
