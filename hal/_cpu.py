@@ -12,6 +12,7 @@ from hal._kernel import Archs, Band, Kernel, Needs
 from hal._libraries import Library
 from hal._platform import Platform
 from hal_ops import FP8_DTYPES
+from hal_ops.kv_layout import KV_LAYOUTS
 
 __all__ = ["CpuPlatform"]
 
@@ -67,7 +68,7 @@ def _paged(phase: str) -> Kernel:
     cache: dict[str, Constraint] = {
         "kv_dtype": OneOf(*_DTYPES, *FP8_DTYPES),
         "page_size": Range(1, None, (16, 48)),
-        "kv_layout": OneOf("NHD", "HND"),
+        "kv_layout": OneOf(*KV_LAYOUTS),
         "kv_scale": OneOf("tensor", "head"),
         "max_q_len": Range(1, None, (4,)),
     }

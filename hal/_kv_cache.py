@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from hal.errors import InputError
 from hal_ops import dtype_name, is_fp8, torch_dtype
 from hal_ops.attention import AttentionRequest
+from hal_ops.kv_layout import KV_LAYOUTS, VECTORS, by_token, page_shapes, vector_of
 
 if TYPE_CHECKING:
     import torch
@@ -19,8 +21,10 @@ class KVCache:
     """K and V pages of one layer.
 
     ``k`` and ``v`` are ``[num_pages, page_size, num_kv_heads, dim]`` (layout ``"NHD"``) or
-    ``[num_pages, num_kv_heads, page_size, dim]`` (``"HND"``), in one dtype, on one device. In an FP8 cache the values
-    are stored divided by ``k_scale`` and ``v_scale``: float32 tensors of one element, or one a kv head.
+    ``[num_pages, num_kv_heads, page_size, dim]`` (``"HND"``), in one dtype, on one device. In layout ``"HDN"`` ``v`` is
+    ``[num_pages, num_kv_heads, dim, page_size]`` and ``k`` ``[num_pages, num_kv_heads, dim / x, page_size, x]``, where
+    x elements are 16 bytes. In an FP8 cache the values are stored divided by ``k_scale`` and ``v_scale``: float32
+    tensors of one element, or one a kv head.
 
     An engine that owns its memory wraps views of it: ``KVCache(k, v, layout="NHD")``. The layout is checked against
     shape and strides when the cache is first used by a handle; it is never guessed.
@@ -33,22 +37,19 @@ class KVCache:
 
         Args:
             k, v: the pages, see above.
-            layout: ``"NHD"`` or ``"HND"``.
+            layout: ``"NHD"``, ``"HND"`` or ``"HDN"``.
             k_scale, v_scale: for FP8 formats: a number, a tensor of one element, or of ``num_kv_heads``.
 
         Raises:
             InputError: an unknown layout, tensors that do not match, or a scale where there is none.
         """
-        if layout not in ("NHD", "HND"):
-            raise InputError(f"layout={layout!r}: choose 'NHD' or 'HND'")
+        if layout not in KV_LAYOUTS:
+            raise InputError(f"layout={layout!r}: choose 'NHD', 'HND' or 'HDN'")
         if k.dtype != v.dtype or k.device != v.device:
             raise InputError(
                 f"k is {k.dtype} on {k.device}, v is {v.dtype} on {v.device}: a cache has one dtype and device"
             )
-        if k.dim() != 4 or v.dim() != 4 or k.shape[:3] != v.shape[:3]:
-            raise InputError(
-                f"k {tuple(k.shape)} and v {tuple(v.shape)} must have 4 dims and differ in the last one at most"
-            )
+        _check_shapes(k, v, layout)
         self.k: Tensor = k
         self.v: Tensor = v
         self.layout: str = layout
@@ -76,12 +77,18 @@ class KVCache:
     @property
     def page_size(self) -> int:
         """Tokens a page."""
-        return int(self.k.shape[1 if self.layout == "NHD" else 2])
+        return int(by_token(self.v, self.layout).shape[1])
 
     @property
     def num_kv_heads(self) -> int:
         """Heads of k and v."""
-        return int(self.k.shape[2 if self.layout == "NHD" else 1])
+        return int(by_token(self.v, self.layout).shape[2])
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        """Elements a head of k and of v."""
+        k, v = (math.prod(by_token(x, self.layout).shape[3:]) for x in (self.k, self.v))
+        return k, v
 
     @property
     def dtype(self) -> str:
@@ -91,7 +98,21 @@ class KVCache:
     def __repr__(self) -> str:
         return (
             f"KVCache({self.num_pages} pages of {self.page_size}, {self.num_kv_heads} kv heads, "
-            f"dims {self.k.shape[3]}/{self.v.shape[3]}, {self.dtype}, {self.layout}, {self.k.device})"
+            f"dims {'/'.join(map(str, self.dims))}, {self.dtype}, {self.layout}, {self.k.device})"
+        )
+
+
+def _check_shapes(k: Tensor, v: Tensor, layout: str) -> None:
+    shapes = f"k {tuple(k.shape)} and v {tuple(v.shape)}"
+    if layout != VECTORS:
+        if k.dim() != 4 or v.dim() != 4 or k.shape[:3] != v.shape[:3]:
+            raise InputError(f"{shapes} must have 4 dims and differ in the last one at most")
+        return
+    x = vector_of(dtype_name(k.dtype))
+    if k.dim() != 5 or v.dim() != 4 or k.shape[:2] != v.shape[:2] or (k.shape[3], k.shape[4]) != (v.shape[3], x):
+        raise InputError(
+            f"{shapes} must be [num_pages, num_kv_heads, dim / {x}, page_size, {x}] and [num_pages, num_kv_heads, dim, "
+            f"page_size]: layout {layout!r} keeps {k.dtype} keys in vectors of 16 bytes, {x} elements"
         )
 
 
@@ -109,16 +130,16 @@ def allocate(request: AttentionRequest, num_pages: int, device: torch.device, k_
 
     if num_pages < 1:
         raise InputError(f"num_pages={num_pages}: give at least 1")
-    rows = (request.page_size, request.num_kv_heads)
-    middle = rows if request.kv_layout == "NHD" else rows[::-1]
-    k, v = (
-        torch.zeros(
-            (num_pages, *middle, dim),
-            dtype=torch.uint8 if is_fp8(request.kv_dtype) else torch_dtype(request.kv_dtype),
-            device=device,
-        )
-        for dim in (request.head_dim, request.v_head_dim)
+    shapes = page_shapes(
+        request.kv_layout,
+        int(request.page_size),
+        request.num_kv_heads,
+        request.head_dim,
+        request.v_head_dim,
+        request.kv_dtype,
     )
+    bits = torch.uint8 if is_fp8(request.kv_dtype) else torch_dtype(request.kv_dtype)
+    k, v = (torch.zeros((num_pages, *shape), dtype=bits, device=device) for shape in shapes)
     if is_fp8(request.kv_dtype):
         k, v = k.view(torch_dtype(request.kv_dtype)), v.view(torch_dtype(request.kv_dtype))
     return KVCache(k, v, layout=request.kv_layout, k_scale=k_scale, v_scale=v_scale)
@@ -134,9 +155,10 @@ def problems(cache: KVCache, request: AttentionRequest, device: torch.device) ->
         "num_kv_heads": request.num_kv_heads,
     }
     found += [f"{n} is {getattr(cache, n)}, not {value}" for n, value in wanted.items() if getattr(cache, n) != value]
-    for name, tensor, dim in (("k", cache.k, request.head_dim), ("v", cache.v, request.v_head_dim)):
-        if tensor.shape[3] != dim:
-            found.append(f"{name} has dim {tensor.shape[3]}, not {dim}")
+    dims = zip(("k", "v"), (cache.k, cache.v), cache.dims, (request.head_dim, request.v_head_dim), strict=True)
+    for name, tensor, given, dim in dims:
+        if given != dim:
+            found.append(f"{name} has dim {given}, not {dim}")
         found += _stride_problems(name, tensor, cache.layout)
         if tensor.device != device:
             found.append(f"{name} is on {tensor.device}, not on {device}")
@@ -148,12 +170,24 @@ def problems(cache: KVCache, request: AttentionRequest, device: torch.device) ->
 def _stride_problems(name: str, tensor: Tensor, layout: str) -> list[str]:
     """A layout is an order of strides: one that is not falling belongs to memory of the other layout."""
     strides = tensor.stride()
+    if layout == VECTORS:
+        return _gaps(name, tensor)
     if strides[3] != 1:
         return [f"{name}'s last stride is {strides[3]}, not 1"]
     sizes = tensor.shape
     if sizes[1] > 1 and sizes[2] > 1 and strides[1] < strides[2]:
         other = "HND" if layout == "NHD" else "NHD"
         return [f"{name} is called {layout}, and its strides {strides} are those of {other} memory"]
+    return []
+
+
+def _gaps(name: str, tensor: Tensor) -> list[str]:
+    """What a head has in a page is one piece of memory where elements lie in vectors."""
+    wanted = tensor[:1, :1].contiguous().stride()[2:]
+    sizes = tensor.shape[2:]
+    found = tensor.stride()[2:]
+    if any(n > 1 and have != want for n, have, want in zip(sizes, found, wanted, strict=True)):
+        return [f"{name}'s strides {tensor.stride()} leave gaps within a head's part of a page: they end in {wanted}"]
     return []
 
 

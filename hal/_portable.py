@@ -13,6 +13,7 @@ from hal._platform import Platform
 from hal_ops import FP8_DTYPES, Op
 from hal_ops.attention import ATTENTION
 from hal_ops.kv_cache import KV_CACHE_WRITE
+from hal_ops.kv_layout import KV_LAYOUTS
 from hal_ops.merge_states import MERGE_STATES
 from hal_ops.mla_attention import MLA_ATTENTION
 
@@ -57,7 +58,7 @@ def _attention(phase: str) -> Kernel:
         "dtype": OneOf("float32", "bfloat16", "float16", "float64"),
         "kv_dtype": OneOf(*_FLOATS, *FP8_DTYPES),
         "page_size": Range(1, None, (16, 48)),
-        "kv_layout": OneOf("NHD", "HND"),
+        "kv_layout": OneOf(*KV_LAYOUTS),
         "max_q_len": Range(1, None, (4,)),
         "causal": OneOf(True, False),
         "window": Windows(),
@@ -92,7 +93,7 @@ def _kv_cache_write() -> tuple[Kernel, ...]:
         "dtype": OneOf(*_FLOATS),
         "kv_dtype": OneOf(*_FLOATS, *FP8_DTYPES),
         "page_size": Range(1, None, (16, 48)),
-        "kv_layout": OneOf("NHD", "HND"),
+        "kv_layout": OneOf(*KV_LAYOUTS),
         "kv_scale": OneOf("tensor", "head"),
         "deterministic": OneOf(False, True),
     }

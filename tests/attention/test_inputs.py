@@ -162,7 +162,7 @@ def test_interleaved_k_and_v_views_are_fine() -> None:  # requirement D8
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"layout": "NDH"}, "choose 'NHD' or 'HND'"),
+        ({"layout": "NDH"}, "choose 'NHD', 'HND' or 'HDN'"),
         ({"layout": "NHD", "k_scale": 2.0}, "only FP8 caches are scaled"),
         ({"layout": "NHD", "v": torch.zeros(3, 4, 2, 8).half()}, "a cache has one dtype"),
         ({"layout": "NHD", "v": torch.zeros(4, 4, 2, 8)}, "differ in the last one at most"),

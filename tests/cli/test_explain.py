@@ -213,7 +213,7 @@ def test_every_field_of_the_request_is_an_option(hal_cli) -> None:
         (["--softcap", "-1"], "softcap=-1.0"),
         (["--window", "0"], "window=0"),
         (["--dtype", "bloat16"], "did you mean 'bfloat16'"),
-        (["--kv-layout", "NDH"], "choose 'NHD', 'HND' or 'auto'"),
+        (["--kv-layout", "NDH"], "choose 'NHD', 'HND', 'HDN' or 'auto'"),
         (["--phases", "decod"], "prefill, extend, decode"),
         (["--page-size", "sixteen"], "page_size='sixteen'"),
         (["--device", "cpu:x86_64,meory=1GiB"], "'memory'"),

@@ -16,6 +16,7 @@ from hal_ops.attention.paged_inputs import block_tables, make_step
 from hal_ops.kv_cache import KvCacheWriteRequest, torch_write
 from hal_ops.kv_cache import reference as write_reference
 from hal_ops.kv_cache.cases import make_case
+from hal_ops.kv_layout import page_shapes
 
 RequestOf = Callable[..., AttentionRequest]
 FORMATS = ("float32", "bfloat16", "float16", *FP8_DTYPES)
@@ -26,7 +27,7 @@ def write_request(**fields: Any) -> KvCacheWriteRequest:
 
 
 @pytest.mark.parametrize("kv_dtype", FORMATS)
-@pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize("layout", ["NHD", "HND", "HDN"])
 def test_against_the_reference(assert_right: Any, kv_dtype: str, layout: str) -> None:
     # requirement B6, P30, D8
     fp8 = kv_dtype in FP8_DTYPES
@@ -98,7 +99,7 @@ def test_write_and_read_are_inverse(request_of: RequestOf, kv_dtype: str) -> Non
         torch.testing.assert_close(out, wanted, atol=2**-6, rtol=step_size / 2)
 
 
-@pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize("layout", ["NHD", "HND", "HDN"])
 @pytest.mark.parametrize("fields", [{}, {"window": 7, "sinks": True}, {"dtype": "bfloat16"}])
 def test_chunks_equal_the_whole(request_of: RequestOf, layout: str, fields: dict[str, Any]) -> None:
     # requirement D7, B9
@@ -119,8 +120,8 @@ def by_chunks(
     """Two sequences fed to extend a chunk at a time, both at once, through a cache that holds NaN at first."""
     size = int(request.page_size)
     table, pages = block_tables([(n, n) for n in lengths], size, torch.Generator().manual_seed(3))
-    shape = (pages, size, 2) if request.kv_layout == "NHD" else (pages, 2, size)
-    caches = [torch.full((*shape, 32), torch.nan, dtype=torch_dtype(request.dtype)) for _ in range(2)]
+    shapes = page_shapes(request.kv_layout, size, 2, 32, 32, request.dtype)
+    caches = [torch.full((pages, *shape), torch.nan, dtype=torch_dtype(request.dtype)) for shape in shapes]
     impl = torch_sdpa.extend(request, "cpu")
     write = torch_write.write(
         KvCacheWriteRequest(
@@ -187,7 +188,7 @@ def test_wrong_writes_are_caught() -> None:
         ({"kv_dtype": "fp8"}, "unknown dtype 'fp8'"),
         ({"kv_dtype": "fp8_e4m3"}, "unknown dtype 'fp8_e4m3'"),
         ({"page_size": 0}, "page_size=0: give a whole number"),
-        ({"kv_layout": "auto"}, "choose 'NHD' or 'HND'"),
+        ({"kv_layout": "auto"}, "choose 'NHD' or 'HND' or 'HDN'"),
         ({"kv_scale": "head"}, "needs an FP8 cache"),
         ({"graph": 1}, "give True or False"),
     ],

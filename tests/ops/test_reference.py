@@ -15,6 +15,7 @@ from hal_ops import FP8_DTYPES
 from hal_ops.attention import AttentionRequest, reference
 from hal_ops.attention.cases import AttentionCase, make_case
 from hal_ops.attention.contract import Step
+from hal_ops.kv_layout import vector_of
 
 Naive = Callable[..., tuple[Tensor, Tensor]]
 
@@ -28,10 +29,11 @@ def requests(draw: st.DrawFn) -> AttentionRequest:
     causal = draw(st.booleans())
     kv_dtype = draw(st.sampled_from(["float64", "float32", *FP8_DTYPES]))
     fp8 = kv_dtype in FP8_DTYPES
+    layout = draw(st.sampled_from(["NHD", "HND", "HDN"]))
     return AttentionRequest(
         num_q_heads=kv_heads * draw(st.sampled_from([1, 2, 3])),
         num_kv_heads=kv_heads,
-        head_dim=draw(dims),
+        head_dim=draw(dims) * (vector_of(kv_dtype) if layout == "HDN" else 1),
         v_head_dim=draw(dims),
         dtype="float64",
         kv_dtype=kv_dtype,
@@ -42,7 +44,7 @@ def requests(draw: st.DrawFn) -> AttentionRequest:
         alibi=draw(st.booleans()),
         softmax_scale=draw(st.sampled_from([None, 0.3])),
         page_size=draw(st.sampled_from([1, 3, 8])),
-        kv_layout=draw(st.sampled_from(["NHD", "HND"])),
+        kv_layout=layout,
         kv_scale=draw(st.sampled_from(["tensor", "head"])) if fp8 else "tensor",
         return_lse=True,
     )
@@ -77,7 +79,10 @@ def read_rows(case: AttentionCase) -> list[tuple[Tensor, ...]]:
 
 def key_at(cache: Tensor, case: AttentionCase, step: Step, row: int, position: int, name: str) -> Tensor:
     page, offset = int(step.block_table[row, position // step.page_size]), position % step.page_size
-    found = (cache[page, offset] if case.request.kv_layout == "NHD" else cache[page, :, offset]).double()
+    places = {"NHD": (page, offset), "HND": (page, slice(None), offset), "HDN": (page, ..., offset)}
+    if case.request.kv_layout == "HDN" and name == "k_scale":
+        places["HDN"] = (page, ..., offset, slice(None))
+    found = cache[places[case.request.kv_layout]].flatten(1).double()
     return found * case.kwargs[name].double().view(-1, 1) if name in case.kwargs else found
 
 

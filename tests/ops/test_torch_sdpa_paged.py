@@ -18,7 +18,7 @@ AssertRight = Callable[[Sequence[Any]], None]
 
 
 @pytest.mark.parametrize("page_size", [1, 16, 32, 64, 128])
-@pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize("layout", ["NHD", "HND", "HDN"])
 def test_lengths_and_pages(request_of: RequestOf, assert_right: AssertRight, page_size: int, layout: str) -> None:
     # requirement D1, D6
     kv_lens = (1, 5, 9, 15, 16, 17, 25, 33)
@@ -54,7 +54,7 @@ def test_one_short_and_one_long(request_of: RequestOf, assert_right: AssertRight
 def test_fp8_cache(request_of: RequestOf, assert_right: AssertRight, kv_dtype: str, kv_scale: str) -> None:
     # requirement B6, B7, D12, P30
     for dtype in ("bfloat16", "float16"):
-        for layout in ("NHD", "HND"):
+        for layout in ("NHD", "HND", "HDN"):
             request = request_of(
                 dtype=dtype, kv_dtype=kv_dtype, kv_scale=kv_scale, kv_layout=layout, return_lse=True, num_kv_heads=3
             )
@@ -71,7 +71,7 @@ def test_other_cache_formats(request_of: RequestOf, assert_right: AssertRight) -
         assert_right(make_case(request, "extend").check(torch_sdpa.extend(request, "cpu")))
 
 
-@pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize("layout", ["NHD", "HND", "HDN"])
 @pytest.mark.parametrize("kv_dtype", ["bfloat16", "float8_e5m2"])
 def test_interleaved_caches(request_of: RequestOf, assert_right: AssertRight, layout: str, kv_dtype: str) -> None:
     # requirement D8

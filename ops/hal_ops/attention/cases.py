@@ -272,10 +272,12 @@ def _paged_args(
         scale = scales(request, first)
         if scale is not None:
             kwargs[name] = scale
-        caches.append(build_cache(slots, fill(positions, dim), num_pages, request, scale))
+        keys = name == "k_scale"
+        caches.append(build_cache(slots, fill(positions, dim), num_pages, request, scale, keys=keys))
     if interleaved_on is not None:
         bits = torch.uint8 if is_fp8(request.kv_dtype) else caches[0].dtype
-        both = torch.stack([cache.view(bits) for cache in caches], 1).to(interleaved_on)
-        caches = [half.view(caches[0].dtype) for half in both.unbind(1)]
+        both = torch.stack([cache.view(bits).flatten(1) for cache in caches], 1).to(interleaved_on)
+        halves = zip(both.unbind(1), caches, strict=True)
+        caches = [half.view(cache.shape).view(cache.dtype) for half, cache in halves]
     step = make_step([q for q, _ in lengths], [kv for _, kv in lengths], table, size)
     return (q, *caches, step)

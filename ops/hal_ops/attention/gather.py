@@ -18,6 +18,7 @@ from hal_ops._dtypes import is_fp8
 from hal_ops.attention import masks
 from hal_ops.attention.contract import Step
 from hal_ops.attention.request import AttentionRequest
+from hal_ops.kv_layout import VECTORS, by_token
 
 __all__ = ["Gather", "Group", "plan_groups"]
 
@@ -123,10 +124,10 @@ def _tokens(pack: list[_Row], device: torch.device) -> slice | Tensor:
 
 
 class Gather:
-    """Picks a group's keys out of a cache of either layout: ``[rows, keys, num_kv_heads, dim]`` in ``compute``."""
+    """Picks a group's keys out of a cache of any layout: ``[rows, keys, num_kv_heads, dim]`` in ``compute``."""
 
     def __init__(self, request: AttentionRequest, compute: torch.dtype) -> None:
-        self.heads_first = request.kv_layout == "HND"
+        self.layout = request.kv_layout
         self.fp8 = is_fp8(request.kv_dtype)
         self.compute = compute
 
@@ -136,11 +137,11 @@ class Gather:
         return found.view(cache.dtype).to(self.compute)
 
     def _pick(self, cache: Tensor, group: Group) -> Tensor:
-        if self.heads_first:
-            cache = cache.transpose(1, 2)
+        cache = by_token(cache, self.layout)
         dim = cache.shape[3]
-        if not cache.numel() or cache.stride(3) != 1 or any(stride % dim for stride in cache.stride()[:3]):
-            return cache[group.pages, group.offsets]
+        scattered = self.layout == VECTORS or cache.stride(3) != 1
+        if not cache.numel() or scattered or any(stride % dim for stride in cache.stride()[:3]):
+            return cache[group.pages, group.offsets].flatten(3)
         last = sum((n - 1) * stride for n, stride in zip(cache.shape[:3], cache.stride(), strict=False))
         flat = cache.as_strided((last // dim + 1, dim), (dim, 1))
         size = (group.rows, cache.shape[2], group.pages.shape[1], dim)

@@ -11,6 +11,7 @@ from hal_ops._dtypes import is_fp8, torch_dtype
 from hal_ops.attention.contract import Step
 from hal_ops.attention.request import AttentionRequest
 from hal_ops.kv_cache.reference import quantize
+from hal_ops.kv_layout import arranged, vector_of
 
 __all__ = ["block_tables", "build_cache", "make_step", "scales", "slots_of"]
 
@@ -87,9 +88,17 @@ def scales(request: AttentionRequest, first: float) -> Tensor | None:
 
 
 def build_cache(
-    slots: Tensor, values: Tensor, num_pages: int, request: AttentionRequest, scale: Tensor | None
+    slots: Tensor,
+    values: Tensor,
+    num_pages: int,
+    request: AttentionRequest,
+    scale: Tensor | None,
+    *,
+    keys: bool = True,
 ) -> Tensor:
     """A cache in the request's format and layout whose ``slots`` hold ``values`` ``[tokens, heads, dim]``.
+
+    ``keys``: it is that of K, which one layout keeps otherwise than V.
 
     All other slots hold NaN; every other one of them infinity, where the format has it and the cache is not FP8.
     """
@@ -101,4 +110,4 @@ def build_cache(
     dtype = torch_dtype(request.kv_dtype)
     stored = quantize(cache, scale, request.kv_dtype) if is_fp8(request.kv_dtype) else cache.to(dtype)
     pages = stored.view(num_pages, size, *values.shape[1:])
-    return pages.transpose(1, 2).contiguous() if request.kv_layout == "HND" else pages
+    return arranged(pages, request.kv_layout, vector_of(request.kv_dtype) if keys else 1)

@@ -23,6 +23,7 @@ from hal_ops._dtypes import is_fp8, torch_dtype
 from hal_ops.attention import masks
 from hal_ops.attention.contract import PagedAttention, PrefillAttention, Step
 from hal_ops.attention.request import AttentionRequest
+from hal_ops.kv_layout import by_token
 
 __all__ = ["attend", "check_tensors", "decode", "extend", "prefill"]
 
@@ -123,9 +124,7 @@ class _Paged:
         size = step.page_size
         pages = step.block_table[row, low // size : -(-kv_len // size)].long()
         bits = cache.view(torch.uint8) if is_fp8(self.request.kv_dtype) else cache
-        found = bits[pages]
-        if self.request.kv_layout == "HND":
-            found = found.transpose(1, 2)
+        found = by_token(bits[pages], self.request.kv_layout).flatten(3)
         start = low // size * size
         tokens = found.flatten(0, 1)[low - start : kv_len - start].view(cache.dtype).to(self.accumulate)
         return tokens if scale is None else tokens * scale.to(self.accumulate).view(-1, 1)

@@ -10,12 +10,14 @@ from hal_ops._checks import flag, positive
 from hal_ops._dtypes import dtype_name, is_fp8
 from hal_ops._record import record
 from hal_ops._request import AUTO, Request, feature, required
+from hal_ops.kv_layout import KV_LAYOUTS, check_vectors
 
 __all__ = ["AttentionRequest", "PHASES", "Window", "normalize_window"]
 
 PHASES = ("prefill", "extend", "decode")
 PAGED = ("extend", "decode")
-KV_LAYOUTS = ("NHD", "HND")
+OPEN_LAYOUTS = ("NHD", "HND")
+"""Those that ``"auto"`` tries first. Another one is taken only where it alone brings better kernels."""
 
 Window = tuple["int | None", "int | None"]
 
@@ -78,7 +80,7 @@ class AttentionRequest(Request):
         softcap: ``cap * tanh(score / cap)`` on scaled scores; 0 is off.
         sinks: one learned logit a query head, in the denominator only. alibi: one slope a query head.
         softmax_scale: multiplies q·k; default ``1 / sqrt(head_dim)``, written out here.
-        page_size: tokens a page of the cache; kv_layout: ``"NHD"`` or ``"HND"``; either may be ``"auto"``.
+        page_size: tokens a page of the cache; kv_layout: ``"NHD"``, ``"HND"`` or ``"HDN"``; either may be ``"auto"``.
         kv_scale: an FP8 cache has one k and one v scale a ``"tensor"`` or a ``"head"``.
         qkv_dtype: format of q, k and v where they are fresh (prefill), if it is FP8 (default: ``dtype``, which the output
             has); qkv_scale: such a call has one q, k and v scale a ``"tensor"`` or a ``"head"`` of k and v.
@@ -105,7 +107,7 @@ class AttentionRequest(Request):
     page_size: int | str = required(
         default=AUTO, phases=PAGED, code="page_size", preferred=(16, 32, 64, 128, 256, 8, 1)
     )
-    kv_layout: str = required(default=AUTO, phases=PAGED, code="layout", preferred=KV_LAYOUTS)
+    kv_layout: str = required(default=AUTO, phases=PAGED, code="layout", preferred=OPEN_LAYOUTS)
     max_q_len: int = required(default=1, phases=("decode",))
     causal: bool = required(default=True)
     window: Window = feature((None, None))
@@ -152,7 +154,8 @@ class AttentionRequest(Request):
         if self.page_size != AUTO:
             positive("page_size", self.page_size)
         if self.kv_layout not in (*KV_LAYOUTS, AUTO):
-            raise ValueError(f"kv_layout={self.kv_layout!r}: choose 'NHD', 'HND' or 'auto'")
+            raise ValueError(f"kv_layout={self.kv_layout!r}: choose 'NHD', 'HND', 'HDN' or 'auto'")
+        check_vectors(self.kv_layout, self.head_dim, "float8_e4m3fn" if self.kv_dtype == "fp8" else self.kv_dtype)
         if self.kv_scale not in ("tensor", "head"):
             raise ValueError(f"kv_scale={self.kv_scale!r}: choose 'tensor' (one scale) or 'head' (one a kv head)")
         if self.kv_scale == "head" and not (is_fp8(self.kv_dtype) or self.kv_dtype == "fp8"):

@@ -14,6 +14,7 @@ from hal_ops.case import Case
 from hal_ops.compare import Comparison
 from hal_ops.kv_cache.op import KvCacheWriteRequest
 from hal_ops.kv_cache.reference import write
+from hal_ops.kv_layout import by_token, page_shapes
 
 __all__ = ["KvCacheWriteCase", "bits_of", "make_case"]
 
@@ -55,7 +56,8 @@ class KvCacheWriteCase(Case):
         if not self.interleaved:
             return self.k_cache.clone(), self.v_cache.clone()
         k_bits, v_bits = (bits_of(cache) for cache in (self.k_cache, self.v_cache))
-        k_half, v_half = torch.stack([k_bits, v_bits], 1).unbind(1)
+        halves = torch.stack([k_bits.flatten(1), v_bits.flatten(1)], 1).unbind(1)
+        k_half, v_half = (half.view(bits.shape) for half, bits in zip(halves, (k_bits, v_bits), strict=True))
         return k_half.view(self.k_cache.dtype), v_half.view(self.v_cache.dtype)
 
     def written(self) -> Tensor:
@@ -66,8 +68,7 @@ class KvCacheWriteCase(Case):
 
     def slots_of(self, cache: Tensor) -> Tensor:
         """A cache, or something of its shape, as ``[slots, num_kv_heads, dim]`` on the host."""
-        cache = cache.cpu()
-        return (cache.transpose(1, 2) if self.request.kv_layout == "HND" else cache).flatten(0, 1)
+        return by_token(cache.cpu(), self.request.kv_layout).flatten(0, 1).flatten(2)
 
     def judge(self, name: str, found: Tensor, right: Tensor, most_steps: float | None = None) -> Comparison:
         """Written slots within ``most_steps`` of the format (default: one of an FP8 format), all others equal."""
@@ -117,16 +118,16 @@ def make_case(
         count = heads if request.kv_scale == "head" else 1
         for name, first in (("k_scale", 0.5), ("v_scale", 2.0)):
             scales[name] = torch.tensor([first, 1 / first, 0.3] * count)[:count].to(device)
-    caches = [_empty_cache(request, dim).to(device) for dim in (request.head_dim, request.v_head_dim)]
+    caches = [cache.to(device) for cache in _empty_caches(request)]
     label = f"kv_cache_write {request.kv_dtype} {request.kv_layout}, seed {seed}, {tokens} tokens"
     k, v = (x.to(dtype).to(device) for x in (k, v))
     return KvCacheWriteCase(request, label, k, v, caches[0], caches[1], mapping.to(device), scales, interleaved)
 
 
-def _empty_cache(request: KvCacheWriteRequest, dim: int) -> Tensor:
-    size, heads = request.page_size, request.num_kv_heads
-    shape = (NUM_PAGES, size, heads, dim) if request.kv_layout == "NHD" else (NUM_PAGES, heads, size, dim)
-    return torch.full(shape, torch.nan).to(torch_dtype(request.kv_dtype))
+def _empty_caches(request: KvCacheWriteRequest) -> list[Tensor]:
+    names = ("kv_layout", "page_size", "num_kv_heads", "head_dim", "v_head_dim", "kv_dtype")
+    shapes = page_shapes(*(getattr(request, name) for name in names))
+    return [torch.full((NUM_PAGES, *shape), torch.nan).to(torch_dtype(request.kv_dtype)) for shape in shapes]
 
 
 def bits_of(x: Tensor) -> Tensor:

@@ -5,9 +5,9 @@
     fn(k, v, k_cache, v_cache, slot_mapping, *, k_scale=None, v_scale=None) -> None
 
 k is ``[tokens, num_kv_heads, head_dim]``, v the same with ``v_head_dim``, in ``dtype``; the caches are in ``kv_dtype``,
-``[num_pages, page_size, num_kv_heads, dim]`` (NHD) or ``[num_pages, num_kv_heads, page_size, dim]`` (HND), and are
-changed in place. ``slot_mapping`` is int64 ``[tokens]``: ``page * page_size + offset``; a negative slot skips its
-token. A slot given twice holds either token afterwards.
+``[num_pages, page_size, num_kv_heads, dim]`` (NHD) or ``[num_pages, num_kv_heads, page_size, dim]`` (HND), or those of
+:mod:`hal_ops.kv_layout` (HDN), and are changed in place. ``slot_mapping`` is int64 ``[tokens]``:
+``page * page_size + offset``; a negative slot skips its token. A slot given twice holds either token afterwards.
 
 An FP8 cache stores ``value / scale``, clamped to the format's largest finite value (infinities too), rounded to
 nearest even; NaN stays NaN. Scales are None (1.0), or float32 tensors of one element or ``[num_kv_heads]``.
@@ -23,6 +23,7 @@ from hal_ops._op import Op
 from hal_ops._record import record
 from hal_ops._request import Request, feature, required
 from hal_ops._traced import Traced
+from hal_ops.kv_layout import KV_LAYOUTS, check_vectors
 
 __all__ = ["KV_CACHE_WRITE", "KvCacheWriteRequest"]
 
@@ -34,7 +35,7 @@ class KvCacheWriteRequest(Request):
     Fields:
         num_kv_heads, head_dim, v_head_dim: heads of k and v, elements a head of k and of v (default: ``head_dim``).
         dtype: format of k and v; kv_dtype: format of the cache (default: ``dtype``), exact: ``"fp8"`` is not a format.
-        page_size: tokens a page. kv_layout: ``"NHD"`` or ``"HND"``.
+        page_size: tokens a page. kv_layout: ``"NHD"``, ``"HND"`` or ``"HDN"``.
         kv_scale: an FP8 cache has one k and one v scale a ``"tensor"`` or a ``"head"``.
         deterministic, graph: properties of the call that kernels must declare.
 
@@ -62,7 +63,8 @@ class KvCacheWriteRequest(Request):
             positive(name, getattr(self, name))
         put(self, "dtype", dtype_name(self.dtype))
         put(self, "kv_dtype", self.dtype if self.kv_dtype is None else dtype_name(self.kv_dtype))
-        one_of("kv_layout", self.kv_layout, ("NHD", "HND"))
+        one_of("kv_layout", self.kv_layout, KV_LAYOUTS)
+        check_vectors(self.kv_layout, self.head_dim, self.kv_dtype)
         one_of("kv_scale", self.kv_scale, ("tensor", "head"))
         for name in ("deterministic", "graph"):
             flag(name, getattr(self, name))

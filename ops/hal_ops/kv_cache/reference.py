@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hal_ops._dtypes import is_fp8, torch_dtype
 from hal_ops.kv_cache.op import KvCacheWriteRequest
+from hal_ops.kv_layout import by_token
 
 __all__ = ["quantize", "write"]
 
@@ -45,7 +46,7 @@ def write(request: KvCacheWriteRequest, device: object) -> Callable[..., None]:
                 continue
             page, offset = divmod(slot, request.page_size)
             for x, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
-                place = cache[page, offset] if request.kv_layout == "NHD" else cache[page, :, offset]
-                place.copy_(quantize(x[token], scale, request.kv_dtype))
+                place = by_token(cache, request.kv_layout)[page, offset]
+                place.copy_(quantize(x[token], scale, request.kv_dtype).view(place.shape))
 
     return call

@@ -1,7 +1,7 @@
 """The cache write by torch's indexing, all tokens at once. Any device; run on the CPU with torch 2.6.0 and 2.13.0.
 
 What :func:`write` honours: any heads and dims; ``dtype`` float64, float32, bfloat16, float16; ``kv_dtype`` those and
-the four FP8 formats; any page size; NHD and HND, caches of any strides (K and V as views of one tensor); scales a
+the four FP8 formats; any page size; all layouts, caches of any strides (K and V as views of one tensor); scales a
 tensor or a head; deterministic (for slots that differ); graph: nothing waits for the device or depends on values.
 """
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hal_ops._dtypes import FP8_DTYPES, is_fp8, torch_dtype
 from hal_ops.kv_cache.op import KvCacheWriteRequest
+from hal_ops.kv_layout import by_token
 
 __all__ = ["DTYPES", "KV_DTYPES", "write"]
 
@@ -32,7 +33,7 @@ def write(request: KvCacheWriteRequest, device: object) -> Callable[..., None]:
     for name, allowed in (("dtype", DTYPES), ("kv_dtype", KV_DTYPES)):
         if getattr(request, name) not in allowed:
             raise ValueError(f"{name} {getattr(request, name)}: torch_write does {', '.join(allowed)}")
-    size, heads_first = request.page_size, request.kv_layout == "HND"
+    size, layout = request.page_size, request.kv_layout
     convert = _converter(request.kv_dtype)
 
     def call(
@@ -50,8 +51,8 @@ def write(request: KvCacheWriteRequest, device: object) -> Callable[..., None]:
         put = _put_kept if slot_mapping.is_cpu and not request.graph else _put_all
         for x, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
             values = convert(x, scale)
-            cache = cache.view(values.dtype)
-            put(values, cache.transpose(1, 2) if heads_first else cache, slot_mapping, size)
+            cache = by_token(cache.view(values.dtype), layout)
+            put(values.view(-1, *cache.shape[2:]), cache, slot_mapping, size)
 
     return call
 
