@@ -58,6 +58,8 @@ def _values(field: str, jobs: Sequence[Job], around: Circumstances) -> tuple[Any
     declared: list[Any] = []
     for job in (j for j in jobs if field in j.open_fields()):
         preferred += job.request.rules()[field].preferred
+        if job.request.rules()[field].closed:
+            continue
         kernels = [k for p in job.phases for k in around.registry.candidates(job.op.name, p) if field in k.fields]
         declared += [v for k in kernels for v in k.fields[field].corners(job.request) if v != AUTO]
     return tuple(dict.fromkeys((*preferred, *declared)))

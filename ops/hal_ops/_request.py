@@ -36,7 +36,7 @@ class FieldRule:
     ``neutral`` is the value that needs no declaration (a callable is given the request, which computes it where the
     field is None); ``phases`` limits the rule to
     those phases of the op; ``code`` is the reason code of a refusal; ``preferred`` lists the values tried, in order,
-    when the field is left to the selection (``AUTO``).
+    when the field is left to the selection (``AUTO``); with ``closed`` no other is, whatever kernels declare.
     """
 
     required: bool
@@ -44,6 +44,7 @@ class FieldRule:
     phases: tuple[str, ...] | None = None
     code: str = "feature_unsupported"
     preferred: tuple[Any, ...] = ()
+    closed: bool = False
 
     def applies(self, phase: str) -> bool:
         """Whether kernels of the phase look at the field."""
@@ -56,9 +57,10 @@ def required(
     phases: tuple[str, ...] | None = None,
     code: str = "feature_unsupported",
     preferred: tuple[Any, ...] = (),
+    closed: bool = False,
 ) -> Any:
     """A dataclass field that every kernel must constrain."""
-    rule = FieldRule(True, None, phases, code, preferred)
+    rule = FieldRule(True, None, phases, code, preferred, closed)
     return dataclasses.field(default=default, metadata={_RULE: rule})
 
 

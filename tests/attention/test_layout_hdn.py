@@ -81,12 +81,14 @@ def test_two_halves_of_one_tensor() -> None:
     assert int(both[1].ne(0).sum()) == 64
 
 
-def test_auto_stands_for_one_that_more_kernels_serve() -> None:
+def test_auto_never_stands_for_it() -> None:
     # requirement C2, P29
     request = AttentionRequest(num_q_heads=4, num_kv_heads=2, head_dim=64)
     for device in ("cpu:x86_64", "nvidia:sm_90,cuda=12.8", "rocm:gfx942,hip=6.4", "rocm:gfx950,hip=7.0"):
         with hal.simulate(device, libraries={"torch": "2.9.1", "triton": "3.4.0", "amd-aiter": "0.1.20.post1"}):
-            assert hal.select(request).request.kv_layout in ("NHD", "HND")  # type: ignore[attr-defined]
+            for phases in (None, "decode"):
+                found = hal.select(request.replace(phases=phases, max_q_len=4, page_size=16))
+                assert found.request.kv_layout in ("NHD", "HND")  # type: ignore[attr-defined]
 
 
 def test_layers_of_one_pool_share_it_or_clash() -> None:

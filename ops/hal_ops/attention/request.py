@@ -17,7 +17,7 @@ __all__ = ["AttentionRequest", "PHASES", "Window", "normalize_window"]
 PHASES = ("prefill", "extend", "decode")
 PAGED = ("extend", "decode")
 OPEN_LAYOUTS = ("NHD", "HND")
-"""Those that ``"auto"`` tries first. Another one is taken only where it alone brings better kernels."""
+"""What ``"auto"`` stands for. Tensors of another layout have other shapes, so it has to be asked for by name."""
 
 Window = tuple["int | None", "int | None"]
 
@@ -80,7 +80,8 @@ class AttentionRequest(Request):
         softcap: ``cap * tanh(score / cap)`` on scaled scores; 0 is off.
         sinks: one learned logit a query head, in the denominator only. alibi: one slope a query head.
         softmax_scale: multiplies q·k; default ``1 / sqrt(head_dim)``, written out here.
-        page_size: tokens a page of the cache; kv_layout: ``"NHD"``, ``"HND"`` or ``"HDN"``; either may be ``"auto"``.
+        page_size: tokens a page of the cache; kv_layout: ``"NHD"``, ``"HND"`` or ``"HDN"``. Either may be ``"auto"``,
+            which is never ``"HDN"``.
         kv_scale: an FP8 cache has one k and one v scale a ``"tensor"`` or a ``"head"``.
         qkv_dtype: format of q, k and v where they are fresh (prefill), if it is FP8 (default: ``dtype``, which the output
             has); qkv_scale: such a call has one q, k and v scale a ``"tensor"`` or a ``"head"`` of k and v.
@@ -107,7 +108,7 @@ class AttentionRequest(Request):
     page_size: int | str = required(
         default=AUTO, phases=PAGED, code="page_size", preferred=(16, 32, 64, 128, 256, 8, 1)
     )
-    kv_layout: str = required(default=AUTO, phases=PAGED, code="layout", preferred=OPEN_LAYOUTS)
+    kv_layout: str = required(default=AUTO, phases=PAGED, code="layout", preferred=OPEN_LAYOUTS, closed=True)
     max_q_len: int = required(default=1, phases=("decode",))
     causal: bool = required(default=True)
     window: Window = feature((None, None))

@@ -74,10 +74,11 @@ def gelu_and_mul(request: GeluAndMulRequest, device: hal.Device) -> Callable[...
 
 
 def kv_cache_write(request: KvCacheWriteRequest, device: hal.Device) -> Callable[..., None]:
-    """``reshape_and_cache_flash``."""
-    function = _module("cache").reshape_and_cache_flash
+    """``reshape_and_cache_flash``, or ``reshape_and_cache`` for keys in vectors."""
+    flash = request.kv_layout == "NHD"
+    function = _module("cache").reshape_and_cache_flash if flash else _module("cache").reshape_and_cache
     one = torch.ones(1, dtype=torch.float32, device=device.torch_device())
-    page = (request.num_kv_heads * request.head_dim, request.head_dim, 1)
+    check = _page_check(request) if flash else _check_whole
 
     def call(
         k: Tensor,
@@ -89,17 +90,35 @@ def kv_cache_write(request: KvCacheWriteRequest, device: hal.Device) -> Callable
         k_scale: Tensor | None = None,
         v_scale: Tensor | None = None,
     ) -> None:
+        check(k_cache, v_cache)
+        if slot_mapping.numel():
+            k, v = (x if x.stride(1) == request.head_dim else x.contiguous() for x in (k, v))
+            function(k, v, k_cache, v_cache, slot_mapping, "auto", one, one)
+
+    return call
+
+
+def _page_check(request: KvCacheWriteRequest) -> Callable[[Tensor, Tensor], None]:
+    page = (request.num_kv_heads * request.head_dim, request.head_dim, 1)
+
+    def check(k_cache: Tensor, v_cache: Tensor) -> None:
         for name, cache in (("k", k_cache), ("v", v_cache)):
             if cache.stride()[1:] != page or cache.stride(0) != k_cache.stride(0):
                 raise ValueError(
                     f"the {name} cache has strides {tuple(cache.stride())}, that of k {tuple(k_cache.stride())}: aiter "
                     f"writes pages of strides {page}, with one page stride for both; choose another write kernel"
                 )
-        if slot_mapping.numel():
-            k, v = (x if x.stride(1) == request.head_dim else x.contiguous() for x in (k, v))
-            function(k, v, k_cache, v_cache, slot_mapping, "auto", one, one)
 
-    return call
+    return check
+
+
+def _check_whole(k_cache: Tensor, v_cache: Tensor) -> None:
+    for name, cache in (("k", k_cache), ("v", v_cache)):
+        if not cache.is_contiguous():
+            raise ValueError(
+                f"the {name} cache has strides {tuple(cache.stride())}: aiter writes contiguous caches where keys lie "
+                "in vectors; choose another write kernel"
+            )
 
 
 def _module(name: str) -> Any:

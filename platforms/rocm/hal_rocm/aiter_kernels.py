@@ -19,9 +19,8 @@ Read from the wheel 0.1.7.post2.dev18 and from github.com/ROCm/aiter at v0.1.7.p
   up to 16 query heads share a kv head, and one query a row is all (``pa_ragged.cuh``). No windows, sinks or LSE.
 * Sinks begin CK's running maximum, in the units of scores; its pipelines disagree on what these are with a soft cap or
   ALiBi (``set_tile(m, sink_v ...)``), so neither is declared with sinks.
-* ``paged_attention_rocm`` wants K as ``[pages, heads, dim / x, page, x]`` and V as ``[pages, heads, dim, page]`` with
-  pages of 16 tokens or more (``csrc/cpp_itfs/pa/pa.cuh``). No view of an NHD or HND cache has that order: serving it
-  would copy the cache each step, so it is not offered.
+* ``paged_attention_rocm`` wants K as ``[pages, heads, dim / x, page, x]``, an order that no view of an NHD or HND cache
+  has: it serves the layout ``"HDN"`` alone, see :mod:`hal_rocm.aiter_pa_kernels`.
 * FP8: CK wants FP8 queries too, and the paged kernel rounds them unscaled; neither is what a 16-bit request asks for.
 * A soft cap is a tanh unless ``CK_TILE_ATTENTION_LOGITS_SOFT_CAP_DEFAULT`` makes aiter compile another formula, and is
   left out with ALiBi (``fmha_batch_prefill.py``); ``ENABLE_CK=0`` leaves these functions without CK.
@@ -58,7 +57,7 @@ if TYPE_CHECKING:
     from hal import Device
     from hal_ops import Request
 
-__all__ = ["AITER_ARCHS", "KERNELS", "needs_aiter"]
+__all__ = ["AITER_ARCHS", "KERNELS", "environment", "needs_aiter"]
 
 AITER_ARCHS = ("gfx942", "gfx950")
 _CAP = "CK_TILE_ATTENTION_LOGITS_SOFT_CAP_DEFAULT"
@@ -70,7 +69,7 @@ def needs_aiter(versions: str = ">=0.1.7.post2.dev18") -> Needs:
     return Needs("amd-aiter", versions, install=install, module="aiter.ops.mha")
 
 
-def _environment(request: Request, device: Device) -> Iterator[Reason]:
+def environment(request: Request, device: Device) -> Iterator[Reason]:
     """What variables of aiter's own change."""
     if os.environ.get("ENABLE_CK", "1") == "0":
         yield Reason("disabled_by_env", "ENABLE_CK=0 leaves aiter without its CK kernels", "library", remedy="unset it")
@@ -89,7 +88,7 @@ def _together(request: Request) -> Iterator[Reason]:
 
 
 def _paged(request: Request, device: Device) -> Sequence[Reason]:
-    return (*_environment(request, device), *_together(request))
+    return (*environment(request, device), *_together(request))
 
 
 def _prefill(request: Request, device: Device) -> Sequence[Reason]:

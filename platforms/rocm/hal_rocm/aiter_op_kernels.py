@@ -13,8 +13,9 @@ Read from the wheel 0.1.7.post2.dev18 and from github.com/ROCm/aiter at v0.1.7.p
 * ``rope_cached_positions_2c_fwd_impl`` takes q and k by their strides, int64 positions, and contiguous tables. A token
   whose position is outside the tables it skips; the contract wants an error or NaN, so outputs are NaN before the call,
   and what was skipped in place becomes NaN after it. That costs a pass over them: this kernel is behind Triton's.
-* ``reshape_and_cache_flash`` writes NHD pages that lie contiguous, K and V with one page stride; negative slots are
-  skipped. FP8 is not declared: its conversion does not clamp (``cache_kernels.cu``), as the contract wants.
+* ``reshape_and_cache_flash`` writes NHD pages that lie contiguous, K and V with one page stride; ``reshape_and_cache``
+  HDN caches that are contiguous as a whole. Negative slots are skipped. FP8 is not declared: the conversion does not
+  clamp (``cache_kernels.cu``), as the contract wants.
 
 Band: AMD's own for its archs, and what vLLM and SGLang take there: performant, but for the rotary embedding.
 """
@@ -51,7 +52,7 @@ _WRITE: Mapping[str, Constraint] = {
     "v_head_dim": SameAs("head_dim"),
     "kv_dtype": SameAs("dtype"),
     "page_size": Range(1, None, (16, 48)),
-    "kv_layout": OneOf("NHD"),
+    "kv_layout": OneOf("NHD", "HDN"),
 }
 
 _INPUT = "x, where it is not contiguous"

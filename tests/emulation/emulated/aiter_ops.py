@@ -35,6 +35,7 @@ def emulations(version: str, library: str = "amd-aiter") -> dict[str, Callable[.
             "gelu_and_mul": _gate(functional.gelu),
             "gelu_tanh_and_mul": _gate(lambda x: functional.gelu(x, approximate="tanh")),
             "rope_cached_positions_2c_fwd_impl": _rotary,
+            "reshape_and_cache": _write_vectors,
             "reshape_and_cache_flash": _write,
         },
     )
@@ -131,3 +132,24 @@ def _write(
         for token, slot in enumerate(slot_mapping.tolist()):
             if slot >= 0:
                 pages[slot // size, slot % size] = rows[token]
+
+
+def _write_vectors(
+    *, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor, kv_cache_dtype: str,
+    version: hal.Version, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+) -> None:  # fmt: skip
+    tokens, heads, dim = key.shape
+    size, x = key_cache.shape[3:]
+    require(kv_cache_dtype == "auto" and key.dtype == key_cache.dtype, "FP8 is cast without clamping")
+    require(slot_mapping.dtype == torch.int64 and slot_mapping.is_contiguous(), "slots are read as int64")
+    rows = [source.as_strided((tokens, heads, dim), (source.stride(0), dim, 1)) for source in (key, value)]
+    # Places are counted from the first element, as if nothing lay between pages.
+    k_page, v_page = (heads, dim // x, size, x), (heads, dim, size)
+    k_strides, v_strides = (dim * size, size * x, x, 1), (dim * size, size, 1)
+    pages = len(key_cache)
+    k = key_cache.as_strided((pages, *k_page), (heads * dim * size, *k_strides))
+    v = value_cache.as_strided((pages, *v_page), (heads * dim * size, *v_strides))
+    for token, slot in enumerate(slot_mapping.tolist()):
+        if slot >= 0:
+            k[slot // size, :, :, slot % size] = rows[0][token].view(heads, dim // x, x)
+            v[slot // size, :, :, slot % size] = rows[1][token]
