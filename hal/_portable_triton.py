@@ -12,6 +12,7 @@ from hal._portable_ops import TORCH, TRITON
 from hal._reason import Reason
 from hal_ops import FP8_DTYPES, Request, is_fp8
 from hal_ops.attention import AttentionRequest
+from hal_ops.kv_layout import KV_LAYOUTS
 
 __all__ = ["kernels"]
 
@@ -97,7 +98,7 @@ _EXTEND: Fields = {
     **_ATTENTION,
     "kv_dtype": OneOf(*_FLOATS, *FP8_DTYPES),
     "page_size": Range(1, None, (16, 48, 64, 256)),
-    "kv_layout": OneOf("NHD", "HND"),
+    "kv_layout": OneOf(*KV_LAYOUTS),
     "kv_scale": OneOf("tensor", "head"),
 }
 _DECODE: Fields = {**_EXTEND, "max_q_len": Range(1, 16, (4,))}
@@ -112,7 +113,7 @@ _WRITE: Fields = {
     "dtype": OneOf(*_FLOATS),
     "kv_dtype": OneOf(*_FLOATS, *FP8_DTYPES),
     "page_size": Range(1, None, (16, 48)),
-    "kv_layout": OneOf("NHD", "HND"),
+    "kv_layout": OneOf(*KV_LAYOUTS),
     "kv_scale": OneOf("tensor", "head"),
 }
 _MERGE: Fields = {

@@ -44,6 +44,10 @@ CORNERS: dict[str, dict[str, Any]] = {
     "page 48": {"page_size": 48},
     "page 64": {"page_size": 64},
     "page 256, HND": {"page_size": 256, "kv_layout": "HND"},
+    "HDN": {"kv_layout": "HDN", "return_lse": True},
+    "HDN, page 128, 4 queries": {"kv_layout": "HDN", "page_size": 128, "max_q_len": 4, "window": 20},
+    "HDN, page 48, heads of 80/24": {"kv_layout": "HDN", "page_size": 48, "head_dim": 80, "v_head_dim": 24},
+    "HDN, float8_e4m3fn a head": {"kv_layout": "HDN", "kv_dtype": "float8_e4m3fn", "kv_scale": "head"},
     "4 queries": {"max_q_len": 4, "return_lse": True},
     "4 queries, bidirectional": {"max_q_len": 4, "causal": False},
     "16 queries of group 8": {"max_q_len": 16, "num_q_heads": 8, "num_kv_heads": 1, "return_lse": True},
@@ -83,7 +87,7 @@ def test_large_numbers_are_right(
 
 
 def test_views_of_one_tensor_are_right(device: str, assert_right: Callable[[Any], None]) -> None:
-    for layout in ("NHD", "HND"):
+    for layout in ("NHD", "HND", "HDN"):
         request = request_of(kv_layout=layout)
         case = make_case(request, "decode", device=device, interleaved=True)
         assert_right(case.check(decode(request, device)))

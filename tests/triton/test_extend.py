@@ -47,6 +47,11 @@ CORNERS: dict[str, dict[str, Any]] = {
     "page 64, HND": {"page_size": 64, "kv_layout": "HND"},
     "page 128": {"page_size": 128},
     "page 256, HND": {"page_size": 256, "kv_layout": "HND"},
+    "HDN": {"kv_layout": "HDN", "return_lse": True},
+    "HDN, page 128": {"kv_layout": "HDN", "page_size": 128, "window": 20},
+    "HDN, page 4, heads of 80/48": {"kv_layout": "HDN", "page_size": 4, "head_dim": 80, "v_head_dim": 48},
+    "HDN, head_dim 192": {"kv_layout": "HDN", "head_dim": 192, "dtype": "float32", "num_q_heads": 2},
+    "HDN, float8_e4m3fn a head": {"kv_layout": "HDN", "kv_dtype": "float8_e4m3fn", "kv_scale": "head"},
     "window 1": {"window": 1},
     "window 17, page 64": {"window": 17, "page_size": 64},
     "window, both sides": {"window": (6, 2), "causal": False},
@@ -88,7 +93,7 @@ def test_large_numbers_are_right(scale: str, fields: dict[str, Any], device: str
 
 
 def test_views_of_one_tensor_are_right(device: str, assert_right: Check) -> None:
-    for layout, size in (("NHD", 16), ("HND", 16), ("NHD", 128), ("HND", 128)):
+    for layout, size in (("NHD", 16), ("HND", 16), ("NHD", 128), ("HND", 128), ("HDN", 16)):
         request = request_of(kv_layout=layout, page_size=size)
         case = make_case(request, "extend", device=device, interleaved=True)
         assert_right(case.check(extend(request, device)))

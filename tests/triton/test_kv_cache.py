@@ -25,6 +25,10 @@ from hal_ops.rotary_kv_cache_write.triton_rotary_write import rotary_kv_cache_wr
 WRITES: dict[str, dict[str, Any]] = {
     "plain": {},
     "HND": {"kv_layout": "HND"},
+    "HDN": {"kv_layout": "HDN"},
+    "HDN, heads of 80/48, page 48": {"kv_layout": "HDN", "head_dim": 80, "v_head_dim": 48, "page_size": 48},
+    "HDN, float32 to float16": {"kv_layout": "HDN", "dtype": "float32", "kv_dtype": "float16", "num_kv_heads": 3},
+    "HDN, e4m3fn a head": {"kv_layout": "HDN", "kv_dtype": "float8_e4m3fn", "kv_scale": "head"},
     "page 1": {"page_size": 1},
     "page 48": {"page_size": 48},
     "page 256, HND": {"page_size": 256, "kv_layout": "HND"},

@@ -23,6 +23,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hal_ops._triton_columns import columns_at
+
 __all__ = ["decode_kernel"]
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -167,7 +169,7 @@ def decode_kernel(
     SCALES: tl.constexpr, FP8: tl.constexpr, LSE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_R: tl.constexpr, AT_ONCE: tl.constexpr, STAGES: tl.constexpr, SAME: tl.constexpr,
-    PAIRS: tl.constexpr,
+    PAIRS: tl.constexpr, K_VECTOR: tl.constexpr, V_VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Grid: ``(items * KV_HEADS * TILES,)``. ``LEFT`` and ``RIGHT`` are -1 for no limit; ``SCALES`` 0, 1 or a head."""
     program = tl.program_id(0)
@@ -195,6 +197,11 @@ def decode_kernel(
     d = tl.arange(0, BLOCK_D)
     COLUMNS: tl.constexpr = BLOCK_DV if PAIRS == "" else BLOCK_DV // 2
     dv = tl.arange(0, COLUMNS)
+    k_columns = columns_at(d, PAGE_SIZE, K_VECTOR)
+    v_columns = columns_at(dv, PAGE_SIZE, V_VECTOR)
+    if K_VECTOR > 0:
+        k_slot_stride = K_VECTOR
+        v_slot_stride = V_VECTOR
 
     q += first_token.to(tl.int64) * q_token_stride
     q_offsets = (token * q_token_stride + heads * q_head_stride)[:, None] + d[None, :]
@@ -237,7 +244,7 @@ def decode_kernel(
             v_offsets = _offsets(pages, start, n, v_page_stride, v_slot_stride, PAGE_SIZE, BLOCK_N)
         k_pointers = k_cache + k_offsets[:, None]
         pages = _pages(table, start + BLOCK_N, end, n, PAGE_SIZE, BLOCK_N)
-        k = tl.load(k_pointers + d[None, :], mask=used[:, None] & (d < DIM)[None, :], other=0.0)
+        k = tl.load(k_pointers + k_columns[None, :], mask=used[:, None] & (d < DIM)[None, :], other=0.0)
         s = tl.dot(queries, tl.trans(k.to(queries.dtype)), input_precision=PRECISION)
         s = _scores(s, keys, position, factor, cap, slope, SOFTCAP, ALIBI)
         seen = used[None, :]
@@ -256,12 +263,12 @@ def decode_kernel(
         if PAIRS == "":
             v_pointers = v_cache + v_offsets[:, None]
             v_mask = used[:, None] & (dv < V_DIM)[None, :]
-            v = tl.load(v_pointers + dv[None, :], mask=v_mask, other=0.0)
+            v = tl.load(v_pointers + v_columns[None, :], mask=v_mask, other=0.0)
             acc = tl.dot(p, v.to(queries.dtype), acc, input_precision=PRECISION)
         else:
             v_pointers = v_pairs + (v_offsets // 2)[:, None]
             v_mask = used[:, None] & (dv < V_DIM // 2)[None, :]
-            pairs = tl.load(v_pointers + dv[None, :], mask=v_mask, other=0)
+            pairs = tl.load(v_pointers + v_columns[None, :], mask=v_mask, other=0)
             even, odd = _unpaired(pairs, PAIRS)
             acc = tl.dot(p, even, acc)
             odd_acc = tl.dot(p, odd, odd_acc * old[:, None])

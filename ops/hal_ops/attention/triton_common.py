@@ -17,6 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hal_ops._triton_columns import columns_at
 from hal_ops.attention._triton_place import key_blocks
 
 __all__ = ["tile"]
@@ -56,27 +57,30 @@ def _start_rows(sinks, slopes, heads, SINKS: tl.constexpr, ALIBI: tl.constexpr, 
 def _load_keys(
     base, table, start, low, high, page_stride, stride,
     DIM: tl.constexpr, BLOCK: tl.constexpr, START: tl.constexpr, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    MASKED: tl.constexpr,
+    MASKED: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Columns ``[START, START + BLOCK)`` of the keys from ``start`` on. Only keys in ``[low, high)`` are read."""
     rows = tl.arange(0, BLOCK_N)
     columns = START + tl.arange(0, BLOCK)
+    places = columns_at(columns, PAGE_SIZE, VECTOR)
+    if VECTOR > 0:
+        stride = VECTOR
     keys = start + rows
     used = (keys >= low) & (keys < high)
     if PAGE_SIZE == 0:
         base += tl.cast(start, tl.int64) * stride
-        pointers = base + (rows[:, None] * stride + columns[None, :])
+        pointers = base + (rows[:, None] * stride + places[None, :])
     elif PAGE_SIZE % BLOCK_N == 0:
         page = tl.load(table + start // PAGE_SIZE)
         base += page.to(tl.int64) * page_stride + (start % PAGE_SIZE) * stride
-        pointers = base + (rows[:, None] * stride + columns[None, :])
+        pointers = base + (rows[:, None] * stride + places[None, :])
     else:
         if MASKED:
             pages = tl.load(table + keys // PAGE_SIZE, mask=used, other=0)
         else:
             pages = tl.load(table + keys // PAGE_SIZE)
         slots = pages.to(tl.int64) * page_stride + (keys % PAGE_SIZE) * stride
-        pointers = base + slots[:, None] + columns[None, :]
+        pointers = base + slots[:, None] + places[None, :]
     if MASKED:
         if START + BLOCK > DIM:
             return tl.load(pointers, mask=used[:, None] & (columns < DIM)[None, :], other=0.0)
@@ -94,6 +98,7 @@ def _fold_block(
     V_DIM: tl.constexpr, V_CUT: tl.constexpr, V_REST: tl.constexpr,
     BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    K_VECTOR: tl.constexpr, V_VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Folds the keys ``[start, start + BLOCK_N)`` into the running softmax; returns ``acc, rest, total, top``.
 
@@ -101,12 +106,12 @@ def _fold_block(
     in together with the subtraction of ``top``; else see :func:`_bend`.
     """
     block = _load_keys(
-        k, table, start, low, high, k_page_stride, k_stride, DIM, CUT, 0, BLOCK_N, PAGE_SIZE, MASKED
+        k, table, start, low, high, k_page_stride, k_stride, DIM, CUT, 0, BLOCK_N, PAGE_SIZE, MASKED, K_VECTOR
     ).to(q.dtype)  # fmt: skip
     s = tl.dot(q, tl.trans(block), input_precision=PRECISION)
     if REST > 0:
         block = _load_keys(
-            k, table, start, low, high, k_page_stride, k_stride, DIM, REST, CUT, BLOCK_N, PAGE_SIZE, MASKED
+            k, table, start, low, high, k_page_stride, k_stride, DIM, REST, CUT, BLOCK_N, PAGE_SIZE, MASKED, K_VECTOR
         ).to(q.dtype)  # fmt: skip
         s = tl.dot(q_rest, tl.trans(block), s, input_precision=PRECISION)
     keys = start + tl.arange(0, BLOCK_N)
@@ -129,12 +134,13 @@ def _fold_block(
     total = total * shrink + tl.sum(p, 1)
     p = p.to(q.dtype)
     block = _load_keys(
-        v, table, start, low, high, v_page_stride, v_stride, V_DIM, V_CUT, 0, BLOCK_N, PAGE_SIZE, MASKED
+        v, table, start, low, high, v_page_stride, v_stride, V_DIM, V_CUT, 0, BLOCK_N, PAGE_SIZE, MASKED, V_VECTOR
     ).to(q.dtype)  # fmt: skip
     acc = tl.dot(p, block, acc * shrink[:, None], input_precision=PRECISION)
     if V_REST > 0:
         block = _load_keys(
-            v, table, start, low, high, v_page_stride, v_stride, V_DIM, V_REST, V_CUT, BLOCK_N, PAGE_SIZE, MASKED
+            v, table, start, low, high, v_page_stride, v_stride, V_DIM, V_REST, V_CUT, BLOCK_N, PAGE_SIZE, MASKED,
+            V_VECTOR,
         ).to(q.dtype)  # fmt: skip
         rest = tl.dot(p, block, rest * shrink[:, None], input_precision=PRECISION)
     return acc, rest, total, new_top
@@ -186,6 +192,7 @@ def _attend(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
+    K_VECTOR: tl.constexpr, V_VECTOR: tl.constexpr,
 ):  # fmt: skip
     """All blocks of keys that a tile sees: first those that all rows see, then the others, masked."""
     low, high, begin, whole, ragged, end = key_blocks(
@@ -198,6 +205,7 @@ def _attend(
             acc, rest, total, top, q, q_rest, k, v, table, block * BLOCK_N, low, high, position, left, right,
             scale, cap, slope, k_page_stride, k_stride, v_page_stride, v_stride, DIM, CUT, REST, V_DIM, V_CUT, V_REST,
             BLOCK_N, PAGE_SIZE, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, PLAIN, PRECISION, False,
+            K_VECTOR, V_VECTOR,
         )  # fmt: skip
     for index in range(begin, end - (ragged - whole)):
         block = tl.where(index < whole, index, index + (ragged - whole))
@@ -205,6 +213,7 @@ def _attend(
             acc, rest, total, top, q, q_rest, k, v, table, block * BLOCK_N, low, high, position, left, right,
             scale, cap, slope, k_page_stride, k_stride, v_page_stride, v_stride, DIM, CUT, REST, V_DIM, V_CUT, V_REST,
             BLOCK_N, PAGE_SIZE, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, PLAIN, PRECISION, True,
+            K_VECTOR, V_VECTOR,
         )  # fmt: skip
     return acc, rest, total, top
 
@@ -218,12 +227,14 @@ def tile(
     V_DIM: tl.constexpr, V_CUT: tl.constexpr, V_REST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     SINKS: tl.constexpr, PLAIN: tl.constexpr, LSE: tl.constexpr, PRECISION: tl.constexpr,
+    K_VECTOR: tl.constexpr = 0, V_VECTOR: tl.constexpr = 0,
 ):  # fmt: skip
     """The tile whose first row is at ``q``, ``out`` and ``lse``: token ``token`` of its sequence, head ``head``.
 
     Products are of the output's format, into which q, k and v are converted.
 
-    ``k`` and ``v`` are at the first key of the kv head, or with ``PAGE_SIZE`` > 0 at the head's place in page 0.
+    ``k`` and ``v`` are at the first key of the kv head, or with ``PAGE_SIZE`` > 0 at the head's place in page 0. A
+    ``VECTOR`` above 0 is what :func:`hal_ops._triton_columns.columns_at` takes.
     """
     TOKENS: tl.constexpr = BLOCK_M // PACK
     rows = tl.arange(0, BLOCK_M)
@@ -241,7 +252,7 @@ def tile(
         queries, queries_rest, k, v, table, token + shift, tl.minimum(token + TOKENS, q_len) - 1 + shift, kv_len,
         tokens + shift, left, right, scale, cap, slope, top, total, k_page_stride, k_stride, v_page_stride, v_stride,
         DIM, CUT, REST, V_DIM, V_CUT, V_REST, BLOCK_M, BLOCK_N, PAGE_SIZE,
-        HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, PLAIN, PRECISION,
+        HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, PLAIN, PRECISION, K_VECTOR, V_VECTOR,
     )  # fmt: skip
     _finish(
         acc, rest, total, top, v_scale, out, lse, rows // PACK * out_stride + rows % PACK * out_head_stride,

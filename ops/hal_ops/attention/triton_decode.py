@@ -24,6 +24,7 @@ from torch import Tensor
 from hal_ops._dtypes import is_fp8, torch_dtype
 from hal_ops._gpu import gpu_of
 from hal_ops._launch import Launch
+from hal_ops._triton_columns import vectors
 from hal_ops.attention import masks
 from hal_ops.attention._decode_work import Cut
 from hal_ops.attention._split_work import Payload, SplitWork
@@ -32,6 +33,7 @@ from hal_ops.attention._triton_decode_kernels import decode_kernel
 from hal_ops.attention.contract import PagedAttention, Step
 from hal_ops.attention.reference import check_tensors
 from hal_ops.attention.request import AttentionRequest
+from hal_ops.kv_layout import VECTORS
 
 __all__ = ["DTYPES", "MAX_HEAD_DIM", "decode"]
 
@@ -102,7 +104,7 @@ class _Decode(SplitWork):
         )
         self._cap = request.softcap or 1.0
         self._scale = request.softmax_scale
-        self._slot_dim, self._head_dim = (1, 2) if request.kv_layout == "NHD" else (2, 1)
+        self._slot_dim, self._head_dim = {"NHD": (1, 2), "HND": (2, 1), "HDN": (3, 1)}[request.kv_layout]
         self._out_shape = (request.num_q_heads, request.v_head_dim)
         self._ones = torch.ones(request.num_kv_heads, device=self.gpu.device)
 
@@ -203,12 +205,15 @@ def constants_of(request: AttentionRequest, config: Config, block_m: int, arch: 
         "STAGES": config.stages,
         "SAME": k_strides == v_strides,
         "PAIRS": _pairs(request, arch, v_strides),
+        **vectors(request.kv_layout, request.kv_dtype),
     }
 
 
 def _pairs(request: AttentionRequest, arch: str, v_strides: tuple[int, ...]) -> str:
     """What PTX calls pairs of the cache's format, where it converts them to float16 (PTX ISA 8.1, ``cvt``: sm_89)."""
-    converts = arch.startswith("sm_") and int(arch[3:]) >= 89 and request.dtype != "float32"
+    converts = (
+        request.kv_layout != VECTORS and arch.startswith("sm_") and int(arch[3:]) >= 89 and request.dtype != "float32"
+    )
     if not converts or request.v_head_dim % 2 or any(stride % 2 for stride in v_strides[:3]):
         return ""
     return {"float8_e4m3fn": "e4m3x2", "float8_e5m2": "e5m2x2"}.get(request.kv_dtype, "")

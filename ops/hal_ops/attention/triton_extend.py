@@ -1,11 +1,12 @@
 """Extend in Triton: ragged queries over a paged cache.
 
 What :func:`extend` honours: all that :mod:`hal_ops.attention.triton_prefill` does, over a cache of q's format or an FP8
-one that Triton converts on the arch, with scales a tensor or a head; any page size and both layouts, by strides. A
+one that Triton converts on the arch, with scales a tensor or a head; any page size and all layouts, by strides. A
 kernel reads no page and no slot that no query sees, and no entry of the block table past a row's last page.
 
 The plan lists a step's tiles, longest first, from host lengths alone. On sm_90 the kernel of
-:mod:`hal_ops.attention.triton_hopper` is launched where the page size is a multiple of 16 and the cache is not FP8.
+:mod:`hal_ops.attention.triton_hopper` is launched where the page size is a multiple of 16 and the cache is neither FP8
+nor HDN.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
@@ -21,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hal_ops._gpu import gpu_of
+from hal_ops._triton_columns import vectors
 from hal_ops.attention import masks
 from hal_ops.attention._triton_configs import Config, Hopper, config_of, hopper_of
 from hal_ops.attention._triton_features import Features, check
@@ -30,6 +32,7 @@ from hal_ops.attention.contract import PagedAttention, Step
 from hal_ops.attention.reference import check_tensors
 from hal_ops.attention.request import AttentionRequest
 from hal_ops.attention.triton_common import tile
+from hal_ops.kv_layout import VECTORS, by_token
 
 __all__ = ["extend", "extend_kernel"]
 
@@ -47,7 +50,7 @@ def extend_kernel(
     V_DIM: tl.constexpr, V_CUT: tl.constexpr, V_REST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     SINKS: tl.constexpr, PLAIN: tl.constexpr, LSE: tl.constexpr, PRECISION: tl.constexpr,
-    K_SCALES: tl.constexpr, V_SCALES: tl.constexpr,
+    K_SCALES: tl.constexpr, V_SCALES: tl.constexpr, K_VECTOR: tl.constexpr, V_VECTOR: tl.constexpr,
 ):  # fmt: skip
     """One tile: ``tiles`` int32 ``[tiles, 2]`` holds its row of the step and its first token there; row -1 is none.
 
@@ -72,7 +75,7 @@ def extend_kernel(
         q, k, v, table, out, lse, sinks, slopes, head, token, q_len, kv_len, left, right, scale, cap, factor,
         q_stride, q_head_stride, k_page_stride, k_stride, v_page_stride, v_stride, out_stride, out_head_stride,
         HEADS, PACK, PAGE_SIZE, DIM, CUT, REST, V_DIM, V_CUT, V_REST, BLOCK_M, BLOCK_N,
-        HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, SINKS, PLAIN, LSE, PRECISION,
+        HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, SINKS, PLAIN, LSE, PRECISION, K_VECTOR, V_VECTOR,
     )  # fmt: skip
 
 
@@ -111,12 +114,14 @@ class _Extend:
         self.request = request
         self.features = Features.of(request)
         self.gpu = gpu_of(device)
+        self.layout = request.kv_layout
         if not configs:
-            hopper = hopper_of(self.gpu.arch, request, cached=True) if gluon_works() else None
+            boxes = gluon_works() and self.layout != VECTORS
+            hopper = hopper_of(self.gpu.arch, request, cached=True) if boxes else None
             configs = (*([hopper] if hopper else []), config_of(self.gpu.arch, request))
         self.configs = configs
         self.ways: dict[int, tuple[Way, ...]] = {}
-        self.heads_first = request.kv_layout == "HND"
+        self.vectors = vectors(request.kv_layout, request.kv_dtype)
 
     def _ways(self, block_m: int) -> tuple[Way, ...]:
         if block_m not in self.ways:
@@ -188,8 +193,7 @@ class _Extend:
         return_lse: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         check_tensors(self.request, sinks, alibi_slopes)
-        if self.heads_first:
-            k_cache, v_cache = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
+        k_cache, v_cache = by_token(k_cache, self.layout), by_token(v_cache, self.layout)
         out = q.new_empty((*q.shape[:-1], self.request.v_head_dim))
         lse = q.new_empty(q.shape[:-1], dtype=torch.float32) if return_lse else out
         if payload.padded:
@@ -232,4 +236,5 @@ class _Extend:
         size = int(self.request.page_size)
         hopper = next((config for config in self.configs if isinstance(config, Hopper)), None)
         boxes = hopper is not None and size % hopper.block_n == 0
-        return {"LSE": return_lse, "PAGE_SIZE": size, "K_SCALES": k_scales, "V_SCALES": v_scales, "TMA": boxes}
+        scales = {"K_SCALES": k_scales, "V_SCALES": v_scales}
+        return {"LSE": return_lse, "PAGE_SIZE": size, "TMA": boxes, **scales, **self.vectors}

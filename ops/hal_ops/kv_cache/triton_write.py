@@ -1,7 +1,7 @@
 """Writing keys and values into a paged cache with Triton, and the same with the rotary embedding in one pass.
 
 :func:`write` honours: any heads and head dims; float16, bfloat16 and float32 into a cache of any of these, or into one
-of the FP8 formats that Triton converts on the arch, with scales a tensor or a head; any page size; both layouts and
+of the FP8 formats that Triton converts on the arch, with scales a tensor or a head; any page size; all layouts and
 caches of any strides with a contiguous last dim; deterministic for slots that differ; graphs.
 """
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from hal_ops._dtypes import is_fp8, torch_dtype
 from hal_ops._gpu import gpu_of
 from hal_ops._launch import Launch
+from hal_ops._triton_columns import columns_at, vectors
 from hal_ops.kv_cache.op import KvCacheWriteRequest
 
 __all__ = ["DTYPES", "write", "write_kernel"]
@@ -40,7 +41,7 @@ def quantized(x, scale, MOST: tl.constexpr):
 def _copy_columns(
     x, cache, scale, first, block, slots, real, token_stride, head_stride, page_stride, slot_stride,
     cache_head_stride, HEADS: tl.constexpr, DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, SCALES: tl.constexpr,
-    MOST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    MOST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Columns ``[block * BLOCK_C, ...)`` of the flattened heads of ``BLOCK_T`` tokens."""
     t = tl.arange(0, BLOCK_T)
@@ -56,7 +57,7 @@ def _copy_columns(
         values = quantized(values.to(tl.float32), by[None, :], MOST)
     page = slots // PAGE_SIZE
     place = page * page_stride + (slots % PAGE_SIZE) * slot_stride
-    target = cache + place[:, None] + (head * cache_head_stride + d)[None, :]
+    target = cache + place[:, None] + (head * cache_head_stride + columns_at(d, PAGE_SIZE, VECTOR))[None, :]
     tl.store(target, values.to(cache.dtype.element_ty), mask=mask & (slots >= 0)[:, None])
 
 
@@ -67,6 +68,7 @@ def write_kernel(
     k_page_stride, k_slot_stride, k_cache_head_stride, v_page_stride, v_slot_stride, v_cache_head_stride,
     HEADS: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, SCALES: tl.constexpr,
     MOST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, K_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr,
+    K_VECTOR: tl.constexpr, V_VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Grid: ``(token blocks * BLOCKS,)``; of a token block's programs the first ``K_BLOCKS`` write keys."""
     program = tl.program_id(0)
@@ -79,11 +81,13 @@ def write_kernel(
         _copy_columns(
             k, k_cache, k_scale, first, block, slots, real, k_token_stride, k_head_stride,
             k_page_stride, k_slot_stride, k_cache_head_stride, HEADS, DIM, PAGE_SIZE, SCALES, MOST, BLOCK_T, BLOCK_C,
+            K_VECTOR,
         )  # fmt: skip
     else:
         _copy_columns(
             v, v_cache, v_scale, first, block - K_BLOCKS, slots, real, v_token_stride, v_head_stride,
             v_page_stride, v_slot_stride, v_cache_head_stride, HEADS, V_DIM, PAGE_SIZE, SCALES, MOST, BLOCK_T, BLOCK_C,
+            V_VECTOR,
         )  # fmt: skip
 
 
@@ -106,7 +110,7 @@ class _Write:
         constants = constants_of(request)
         self._launch = Launch(write_kernel, lambda key: constants, device, num_warps=4)
         self._block_t, self._blocks = constants["BLOCK_T"], constants["BLOCKS"]
-        self._slot_dim, self._head_dim = (1, 2) if request.kv_layout == "NHD" else (2, 1)
+        self._slot_dim, self._head_dim = {"NHD": (1, 2), "HND": (2, 1), "HDN": (3, 1)}[request.kv_layout]
         self._ones = torch.ones(request.num_kv_heads, device=device)
 
     def __call__(
@@ -154,4 +158,5 @@ def constants_of(request: KvCacheWriteRequest) -> dict[str, Any]:
         "BLOCK_C": block_c,
         "K_BLOCKS": k_blocks,
         "BLOCKS": k_blocks + v_blocks,
+        **vectors(request.kv_layout, request.kv_dtype),
     }
