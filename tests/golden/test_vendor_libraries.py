@@ -16,6 +16,7 @@ import hal
 from hal.cli._models import MODELS, requests_for
 from hal.testing import decision_matrix
 from hal_ops import Request
+from hal_ops.attention import AttentionRequest
 
 GOLDEN = Path(__file__).parent / "vendor_libraries.json"
 
@@ -47,7 +48,7 @@ ALONE = ("Llama-3-8B", "GPT-OSS-120B sliding", "Gemma-2-9B sliding")
 
 
 def layers(device: hal.Device, only: tuple[str, ...] = ()) -> dict[str, Request]:
-    """Each model's layers, over the caches that the device has formats for."""
+    """Each model's layers, over the caches that the device has formats for; and a cache that is named by its layout."""
     found: dict[str, Request] = {}
     for model in MODELS:
         for cache, kinds in requests_for(model, device).items():
@@ -55,7 +56,7 @@ def layers(device: hal.Device, only: tuple[str, ...] = ()) -> dict[str, Request]
                 name = f"{model.name} {kind}".strip()
                 if not only or name in only:
                     found[f"{name} {cache}".strip()] = request
-    return found
+    return {**found, "keys in vectors": AttentionRequest(num_q_heads=32, num_kv_heads=8, head_dim=128, kv_layout="HDN")}
 
 
 @functools.cache
@@ -92,6 +93,10 @@ EXPERT = {
     # aiter's assembly and CK for prompts, its Triton kernel over pages of 128, which alone reads FP8 caches.
     ("rocm:gfx942,hip=6.4", "Llama-3-8B bfloat16"): "aiter.prefill, aiter_triton.extend, aiter_triton.decode",
     ("rocm:gfx950,hip=7.0", "GPT-OSS-120B sliding fp8"): "aiter.prefill, aiter_triton.extend, aiter_triton.decode",
+    # A cache for aiter's HIP decode, which nothing of aiter's extends.
+    ("rocm:gfx942,hip=6.4", "keys in vectors"): "aiter.prefill, triton.extend, aiter_pa.decode",
+    ("rocm:gfx950,hip=7.0", "keys in vectors"): "aiter.prefill, triton.extend, aiter_pa.decode",
+    ("rocm:gfx90a,hip=6.4", "keys in vectors"): "fa2_ck.prefill, triton.extend, triton.decode",
     # CDNA2 is not aiter's: flash-attention's CK, but where it lacks sinks or drops caps.
     ("rocm:gfx90a,hip=6.4", "Llama-3-70B bfloat16"): "fa2_ck.prefill, fa2_ck.extend, fa2_ck.decode",
     ("rocm:gfx90a,hip=6.4", "Gemma-2-9B sliding bfloat16"): "triton.prefill, triton.extend, triton.decode",
@@ -114,8 +119,8 @@ def test_an_experts_choice(place: str, layer: str) -> None:  # requirement B13, 
 
 ONLY = {
     "gfx90a": {"fa2_ck", "sdpa_aotriton_flash", "triton"},
-    "gfx942": {"aiter", "aiter_triton", "fa2_ck", "triton"},
-    "gfx950": {"aiter", "aiter_triton", "fa2_ck", "triton"},
+    "gfx942": {"aiter", "aiter_pa", "aiter_triton", "fa2_ck", "triton"},
+    "gfx950": {"aiter", "aiter_pa", "aiter_triton", "fa2_ck", "triton"},
     "gfx1100": {"aiter_triton", "triton"},
     "gfx1151": {"aiter_triton", "triton"},
     "gfx1201": {"aiter_triton", "triton"},

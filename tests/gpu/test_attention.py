@@ -40,7 +40,7 @@ def test_dense(dtype: torch.dtype, feature: dict[str, Any]) -> None:  # requirem
     assert error(out, on_host(**feature)(q.float(), k.float(), v.float())) < BOUND[dtype]
 
 
-@pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize("layout", ["NHD", "HND", "HDN"])
 def test_a_sequence_in_chunks_equals_the_whole(layout: str) -> None:  # requirement B9, D7, D15, A5, D1
     torch.manual_seed(0)
     handle = hal.get_attention(**BASE, dtype="float16", kv_layout=layout)

@@ -7,6 +7,7 @@ from typing import Any
 
 from hal_triton_tests_aot import TARGETS, Variant, resolve
 
+from hal_ops._triton_columns import vectors
 from hal_ops.attention import AttentionRequest
 from hal_ops.attention._triton_configs import (
     HOPPER_EXTEND,
@@ -31,6 +32,8 @@ def variants() -> Iterator[Variant]:
     for arch, target in TARGETS.items():
         for config in configs_of(arch):
             yield from _portable(config, (config.dim, config.dim), "bfloat16", arch)
+            if arch.startswith("gfx9"):
+                yield _extend(config, (config.dim, config.dim), "bfloat16", arch, kv_layout="HDN")
             for kv_dtype in (name for name, short in FP8.items() if short in target.formats):
                 yield _extend(config, (config.dim, config.dim), "bfloat16", arch, kv_dtype=kv_dtype)
                 yield _prefill(config, (config.dim, config.dim), "bfloat16", arch, qkv_dtype=kv_dtype, phases="prefill")
@@ -67,6 +70,7 @@ def _extend(config: Config, dims: tuple[int, int], dtype: str, arch: str, **fiel
     request = _request(dims, dtype, **fields)
     scales = 0 if request.kv_dtype == dtype else 1
     constants = {"PAGE_SIZE": 16, "LSE": False, "K_SCALES": scales, "V_SCALES": scales}
+    constants |= vectors(request.kv_layout, request.kv_dtype)
     return _variant(EXTEND, _label(request, arch, config), config, request, constants, (arch,))
 
 
@@ -82,7 +86,8 @@ def _label(request: AttentionRequest, arch: str, config: Config | Hopper) -> str
     special = ", window, softcap, sinks" * bool(request.softcap)
     cache = f", KV {request.kv_dtype}" * (request.kv_dtype != request.dtype)
     cache += f", q, k, v {request.qkv_dtype}" * (request.qkv_dtype != request.dtype)
-    return f"{request.head_dim}/{request.v_head_dim} {request.dtype}{cache}{special}, {config}, {arch}"
+    layout = ", HDN" * (request.kv_layout == "HDN")
+    return f"{request.head_dim}/{request.v_head_dim} {request.dtype}{cache}{layout}{special}, {config}, {arch}"
 
 
 def _variant(

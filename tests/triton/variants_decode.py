@@ -36,6 +36,8 @@ def _of(target: Target) -> Iterator[Variant]:
             continue
         if config.item == 2:
             yield _variant(target, config, "bfloat16", fields)
+            if target.name.startswith("gfx9"):
+                yield _variant(target, config, "bfloat16, HDN", {**fields, "kv_layout": "HDN"})
             if dim == 128:
                 yield _variant(target, config, "bfloat16 with everything", {**fields, **EVERYTHING})
                 yield _variant(target, config, "float16, 80 of 128, page 256", {

@@ -30,6 +30,7 @@ def variants() -> list[Variant]:
     return [
         *_writes("bfloat16"),
         *_writes("float8_e4m3fn", kv_scale="head", kv_layout="HND"),
+        *_writes("bfloat16", kv_layout="HDN"),
         *_writes("float8_e5m2"),
         *_writes("float8_e4m3fnuz"),
         *_writes("float32", dtype="float32", head_dim=80),
@@ -58,7 +59,7 @@ def _writes(kv_dtype: str, **fields: Any) -> list[Variant]:
     return [
         Variant(
             kernel="hal_ops.kv_cache.triton_write:write_kernel",
-            label=f"{own} to {kv}, heads of {request.head_dim}",
+            label=f"{own} to {kv}, heads of {request.head_dim}{', HDN' * (request.kv_layout == 'HDN')}",
             signature=signature,
             constants=constants_of(request),
             aligned=("k", "v", "k_cache", "v_cache", *strides),

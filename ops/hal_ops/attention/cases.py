@@ -277,7 +277,6 @@ def _paged_args(
     if interleaved_on is not None:
         bits = torch.uint8 if is_fp8(request.kv_dtype) else caches[0].dtype
         both = torch.stack([cache.view(bits).flatten(1) for cache in caches], 1).to(interleaved_on)
-        halves = zip(both.unbind(1), caches, strict=True)
-        caches = [half.view(cache.shape).view(cache.dtype) for half, cache in halves]
+        caches = [half.view(x.shape).view(x.dtype) for half, x in zip(both.unbind(1), caches, strict=True)]
     step = make_step([q for q, _ in lengths], [kv for _, kv in lengths], table, size)
     return (q, *caches, step)

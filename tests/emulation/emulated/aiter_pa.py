@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ from emulated.aiter import HALVES, of_version, require
 from emulated.attend import attend
 from emulated.signatures import versions
 
-__all__ = ["installed"]
+__all__ = ["emulations", "installed"]
 
 PARTITION = 256
 
@@ -31,8 +33,13 @@ def installed(
 ) -> contextlib.AbstractContextManager[emulated.library.Installed]:
     """A version of aiter, the newest one by default, with its HIP decode."""
     version = version or versions(library)[-1]
-    functions = of_version(library, version, {"paged_attention_rocm": _decode})
+    functions = emulations(version, library)
     return emulated.library.installed(library, version, functions, adapters=["hal_rocm._aiter_pa"])
+
+
+def emulations(version: str, library: str = "amd-aiter") -> dict[str, Callable[..., Any]]:
+    """Of a version's HIP decode."""
+    return of_version(library, version, {"paged_attention_rocm": _decode})
 
 
 def _decode(

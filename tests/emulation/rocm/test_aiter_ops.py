@@ -153,6 +153,29 @@ def test_pages_that_it_would_write_elsewhere_are_refused(oddity: str) -> None:
     assert not library.calls
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+def test_keys_in_vectors_are_written_in_every_version(version: tuple[str, str]) -> None:
+    # requirement A4, D8, P39
+    wanted = KvCacheWriteRequest(num_kv_heads=2, head_dim=64, page_size=16, kv_layout="HDN")
+    with aiter_ops(version[1], version[0]) as library:
+        result = check(KERNELS["aiter.kv_cache_write"], wanted, device=device_of())
+        assert result.ok, result
+    assert library.called("reshape_and_cache")
+    assert not library.called("reshape_and_cache_flash")
+
+
+def test_keys_in_vectors_are_written_to_whole_caches_alone() -> None:
+    # requirement D8, P32
+    wanted = KvCacheWriteRequest(num_kv_heads=2, head_dim=64, page_size=16, kv_layout="HDN")
+    k, both = torch.randn(3, 2, 64).bfloat16(), torch.zeros(4, 2, 2 * 64 * 16).bfloat16()
+    halves = both[:, 0].view(4, 2, 8, 16, 8), both[:, 1].view(4, 2, 64, 16)
+    with aiter_ops() as library:
+        write = built("aiter.kv_cache_write", wanted)
+        with pytest.raises(ValueError, match="contiguous caches where keys lie in vectors"):
+            write(k, k, *halves, torch.arange(3))
+    assert not library.calls
+
+
 def test_interleaved_caches_and_split_inputs_are_written() -> None:
     # requirement D8
     wanted = KvCacheWriteRequest(num_kv_heads=2, head_dim=64, page_size=16, kv_layout="NHD")

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import emulated.aiter
+import emulated.aiter_ops
 import emulated.aiter_pa
+import emulated.library
 import emulated.signatures
 import pytest
 import torch
@@ -260,3 +263,30 @@ def test_it_is_chosen_where_its_layout_is_asked_for(arch: str) -> None:
         unasked = hal.select(wanted.replace(kv_layout="auto")).kernels()
     assert (chosen["decode"] == NAME) == (arch in ("gfx942", "gfx950"))
     assert NAME not in unasked.values()
+
+
+def test_a_sequence_through_every_phase_of_a_handle() -> None:
+    # requirement A2, A5, B8, C1, P49
+    version = "0.1.20.post1"
+    emulations = (emulated.aiter.emulations, emulated.aiter_ops.emulations, emulated.aiter_pa.emulations)
+    found = {name: f for make in emulations for name, f in make(version).items()}
+    adapters = ("hal_rocm._aiter", "hal_rocm._aiter_ops", "hal_rocm._aiter_pa")
+    sizes = {"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 64, "page_size": 16, "device": device_of()}
+    with emulated.library.installed("amd-aiter", version, found, adapters=adapters) as library:
+        with hal.simulate(libraries=AITER), hal.override(attention_extend="reference"):  # Triton's cannot run here
+            attn = hal.get_attention(**sizes, kv_layout="HDN")
+        assert attn.kernels()["decode"] == NAME
+        assert attn.kernels()["write"] == "aiter.kv_cache_write"
+        cache = attn.allocate_kv_cache(4)
+        cache.k.fill_(torch.nan)
+        cache.v.fill_(torch.nan)
+        q, k, v = (torch.randn(23, heads, 64).bfloat16() for heads in (4, 2, 2))
+        outs = []
+        for a, b in ((0, 9), (9, 20), (20, 21), (21, 22), (22, 23)):
+            plan = attn.plan(q_lens=[b - a], kv_lens=[b], block_table=[[3, 1]])
+            outs.append(attn(q[a:b], k[a:b], v[a:b], cache=cache, plan=plan))
+        with hal.simulate(libraries=AITER):
+            right = hal.get_attention(**sizes, kernel="reference")(q[None], k[None], v[None])
+    assert len(library.called("paged_attention_rocm")) == 3
+    assert len(library.called("reshape_and_cache")) == 5
+    torch.testing.assert_close(torch.cat(outs), right[0], atol=2e-2, rtol=2e-2)
