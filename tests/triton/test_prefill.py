@@ -54,6 +54,7 @@ CORNERS: dict[str, dict[str, Any]] = {
     "negative scale": {"softmax_scale": -0.3},
     "e4m3fn": {"dtype": "float16", "qkv_dtype": "float8_e4m3fn", "return_lse": True},
     "e4m3fn a head": {"qkv_dtype": "float8_e4m3fn", "qkv_scale": "head", "head_dim": 96, "window": 9},
+    "e4m3fn, two parts": {"qkv_dtype": "float8_e4m3fn", "dtype": "bfloat16", "head_dim": 80, "return_lse": True},
     "e5m2": {"dtype": "float32", "qkv_dtype": "float8_e5m2", "v_head_dim": 32, "softcap": 20.0, "return_lse": True},
     "everything": {
         "softcap": 30.0, "sinks": True, "alibi": True, "window": 20, "return_lse": True,

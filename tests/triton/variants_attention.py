@@ -15,6 +15,7 @@ from hal_ops.attention._triton_configs import (
     Config,
     Hopper,
     configs_of,
+    padded_on,
 )
 from hal_ops.attention._triton_features import Features, cut, pack_heads
 
@@ -95,7 +96,13 @@ def _variant(
     targets: tuple[str, ...],
 ) -> Variant:  # fmt: skip
     names = resolve(kernel).arg_names
-    known = {**Features.of(request).constants, **constants, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+    padded = padded_on(targets[0], request, cached="PAGE_SIZE" in constants)
+    known = {
+        **Features.of(request, padded=padded).constants,
+        **constants,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+    }
     known["PACK"] = pack_heads(request.group_size, config.block_m)
     if isinstance(config, Hopper):
         known.update(PARTS=config.parts, COPY_REGISTERS=config.registers)

@@ -33,6 +33,7 @@ __all__ = [
     "config_of",
     "configs_of",
     "hopper_of",
+    "padded_on",
 ]
 
 
@@ -124,6 +125,15 @@ def config_of(arch: str, request: AttentionRequest) -> Config:
         if dim <= config.dim:
             return config
     raise ValueError(f"head_dim {dim}: these kernels take at most 256")
+
+
+def padded_on(arch: str, request: AttentionRequest, *, cached: bool) -> bool:
+    """Whether head dims are padded to one power of two for the kernels that serve every arch.
+
+    FP8 keys of two parts (80, 96) gave wrong values and illegal reads on an H200 with Triton 3.6, those of one part
+    right ones; keys of 16 bits were right in both forms.
+    """
+    return arch == "sm_90" and is_fp8(_read(request, cached))
 
 
 def _read(request: AttentionRequest, cached: bool) -> str:

@@ -75,10 +75,14 @@ class Features:
     constants: dict[str, Any]
 
     @classmethod
-    def of(cls, request: AttentionRequest) -> Features:
+    def of(cls, request: AttentionRequest, *, padded: bool = False) -> Features:
+        """``padded``: head dims become one power of two, whatever that costs."""
         left, right = masks.sides(request.causal, request.window)
         softcap, scale = request.softcap, request.softmax_scale * _LOG2E
-        key_cut, value_cut = cut(request.head_dim), cut(request.v_head_dim)
+        key_cut, value_cut = (
+            (cut(dim) if not padded else (max(_SMALLEST, 1 << (dim - 1).bit_length()), 0))
+            for dim in (request.head_dim, request.v_head_dim)
+        )
         constants = {
             "HEADS": request.num_q_heads,
             "GROUP": request.group_size,

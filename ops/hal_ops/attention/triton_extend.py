@@ -24,7 +24,7 @@ from torch import Tensor
 from hal_ops._gpu import gpu_of
 from hal_ops._triton_columns import vectors
 from hal_ops.attention import masks
-from hal_ops.attention._triton_configs import Config, Hopper, config_of, hopper_of
+from hal_ops.attention._triton_configs import Config, Hopper, config_of, hopper_of, padded_on
 from hal_ops.attention._triton_features import Features, check
 from hal_ops.attention._triton_place import place_tile
 from hal_ops.attention._triton_way import Way, gluon_works, key_of, no_boxes
@@ -112,8 +112,8 @@ class Tiles:
 class _Extend:
     def __init__(self, request: AttentionRequest, device: object, configs: tuple[Config | Hopper, ...]) -> None:
         self.request = request
-        self.features = Features.of(request)
         self.gpu = gpu_of(device)
+        self.features = Features.of(request, padded=padded_on(self.gpu.arch, request, cached=True))
         self.layout = request.kv_layout
         if not configs:
             boxes = gluon_works() and self.layout != VECTORS

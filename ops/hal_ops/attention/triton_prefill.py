@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hal_ops._dtypes import torch_dtype
 from hal_ops._gpu import gpu_of
-from hal_ops.attention._triton_configs import Config, Hopper, config_of, hopper_of
+from hal_ops.attention._triton_configs import Config, Hopper, config_of, hopper_of, padded_on
 from hal_ops.attention._triton_features import Features, check
 from hal_ops.attention._triton_place import place
 from hal_ops.attention._triton_way import Way, gluon_works, key_of
@@ -109,9 +109,9 @@ def prefill(
 class _Prefill:
     def __init__(self, request: AttentionRequest, device: object, configs: tuple[Config | Hopper, ...]) -> None:
         self.request = request
-        self.features = Features.of(request)
         self.dtype = torch_dtype(request.dtype)
         self.gpu = gpu_of(device)
+        self.features = Features.of(request, padded=padded_on(self.gpu.arch, request, cached=False))
         if not configs:
             hopper = hopper_of(self.gpu.arch, request, cached=False) if gluon_works() else None
             configs = (*([hopper] if hopper else []), config_of(self.gpu.arch, request))
