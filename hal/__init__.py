@@ -21,6 +21,7 @@ _EXPORTS = {
     "Attention": "_attention",
     "Band": "_kernel",
     "BoundOp": "_front",
+    "ByOp": "_by_op",
     "Candidate": "_selection",
     "Constraint": "_constraints",
     "Device": "_device",
@@ -82,6 +83,7 @@ __all__ = [
     "Attention",
     "Band",
     "BoundOp",
+    "ByOp",
     "Candidate",
     "Constraint",
     "Device",
@@ -143,6 +145,7 @@ if TYPE_CHECKING:
     from hal import testing as testing
     from hal._arch import Arch as Arch
     from hal._attention import Attention as Attention
+    from hal._by_op import ByOp as ByOp
     from hal._constraints import Anything as Anything
     from hal._constraints import Constraint as Constraint
     from hal._constraints import Either as Either

@@ -10,7 +10,7 @@ from typing import Any
 
 from hal import _selection
 from hal._device import Device
-from hal._kernel import Kernel
+from hal._kernel import Band, Kernel
 from hal._reason import Reason
 from hal._selection import Selection
 from hal.errors import DeviceError, NoKernelError
@@ -125,8 +125,9 @@ def _give_up(kernel: Kernel, reason: Reason, selection: Selection, *, forced: bo
 
 
 def _warn_fallbacks(selection: Selection) -> None:
-    for choice in _selection.fallbacks(selection):
-        assert choice.kernel is not None
+    for choice in selection.choices.values():
+        if choice.kernel is None or choice.kernel.band != Band.REFERENCE or choice.forced is not None:
+            continue
         first = choice.kernel.name not in fallback_counts
         fallback_counts[choice.kernel.name] += 1
         if first or log.isEnabledFor(logging.DEBUG):

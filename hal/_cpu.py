@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from hal._arch import Arch
+from hal._by_op import ByOp
 from hal._constraints import Anything, Constraint, OneOf, Range, Windows
 from hal._cpu_probe import cpu_capabilities, parse_cpu_arch, probe_cpu
 from hal._device import Probe
@@ -37,7 +38,7 @@ class CpuPlatform(Platform):
         return cpu_capabilities(arch)
 
     def kernels(self) -> Iterable[Kernel]:
-        return (_prefill(), _paged("extend"), _paged("decode"))
+        return ByOp({"hal._cpu:KERNELS": ("attention",)})
 
     def libraries(self) -> Iterable[Library]:
         return (Library("torch", ("torch",), "torch", "pip install torch"),)
@@ -89,3 +90,6 @@ def _kernel(phase: str, fields: Mapping[str, Constraint], copies: str = "") -> K
         note="torch scaled_dot_product_attention",
         copies=copies,
     )
+
+
+KERNELS = (_prefill(), _paged("extend"), _paged("decode"))

@@ -31,7 +31,7 @@ def devices(platform: str | None = None) -> tuple[Device, ...]:
         DeviceError: no platform is called ``platform``.
         VisibilityError: variables such as ``HIP_VISIBLE_DEVICES`` and ``CUDA_VISIBLE_DEVICES`` contradict each other.
     """
-    registry = _plugins.registry()
+    registry = _plugins.registry(())
     if platform is not None:
         _known_platform(platform, registry)
     found = _simulated(registry)
@@ -43,7 +43,7 @@ def devices(platform: str | None = None) -> tuple[Device, ...]:
 
 def probe_report() -> dict[str, Probe]:
     """Platform name to what its probe found and why, for every platform."""
-    registry = _plugins.registry()
+    registry = _plugins.registry(())
     found = _simulated(registry)
     if found is None:
         return {name: _probe(registry.platforms[name], registry) for name in _by_rank(registry)}
@@ -136,7 +136,7 @@ def _default(index: int | None) -> Device:
     if not usable:
         what = f"{named.source} asks for platform {named.value!r}, and it has" if named.value else "There is"
         raise _no_device(f"{what} no usable device.")
-    registry = _plugins.registry()
+    registry = _plugins.registry(())
     best = _unambiguous(usable, registry)
     _warn_passed_over(found, best)
     mine = [d for d in usable if d.platform == best.platform]
@@ -182,7 +182,7 @@ def _named(text: str) -> Device:
         raise DeviceError(
             f"{text!r} names no device: write a platform or torch device type and an index, such as 'cpu:0'"
         )
-    registry = _plugins.registry()
+    registry = _plugins.registry(())
     found = devices(name if name in registry.platforms else None)
     mine = [d for d in found if d.platform == name]
     if not mine and name not in registry.platforms:

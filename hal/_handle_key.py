@@ -21,7 +21,7 @@ def key_of(name: str, fields: Mapping[str, Any], device: Any, kernel: Any) -> An
     state = (_settings.fingerprint(), _simulate.simulated(), _libraries.simulating(), _plugins.temporary())
     try:
         if state not in _states:
-            _states[state] = _state_of(_plugins.registry())
+            _states[state] = _state_of(_plugins.registry(()))
         watched = _states[state]
         seen = (*map(os.environ.get, watched.variables), *map(_stamp, watched.files))
         current = () if device is not None else tuple(map(_devices.current_index, watched.torch_types))

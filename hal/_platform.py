@@ -71,11 +71,11 @@ class Platform(ABC):
         return device
 
     def kernels(self) -> Iterable[Kernel]:
-        """Declarations of the kernels on offer. Data only."""
+        """Declarations of the kernels on offer. Data only; a :class:`hal.ByOp` is loaded op by op."""
         return ()
 
     def ops(self) -> Iterable[Op]:
-        """Contracts of ops that the plugin adds."""
+        """Contracts of ops that the plugin adds; a :class:`hal.ByOp` is loaded op by op."""
         return ()
 
     def libraries(self) -> Iterable[Library]:

@@ -4,23 +4,50 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from hal import _portable_cache, _portable_mla, _portable_ops, _portable_triton
 from hal._arch import Arch
-from hal._constraints import Anything, Constraint, OneOf, Range, Windows
+from hal._by_op import ByOp
 from hal._device import Evidence, Probe
-from hal._kernel import Band, Kernel
+from hal._kernel import Kernel
 from hal._platform import Platform
-from hal_ops import FP8_DTYPES, Op
-from hal_ops.attention import ATTENTION
-from hal_ops.kv_cache import KV_CACHE_WRITE
-from hal_ops.kv_layout import KV_LAYOUTS
-from hal_ops.merge_states import MERGE_STATES
-from hal_ops.mla_attention import MLA_ATTENTION
+from hal_ops import Op
 
 __all__ = ["PortablePlatform"]
 
-_SLOW = "float32 reference, slow"
-_FLOATS = ("float16", "bfloat16", "float32", "float64")
+_OPS: ByOp[Op] = ByOp(
+    {
+        "hal_ops.attention:ATTENTION": ("attention",),
+        "hal_ops.mla_attention:MLA_ATTENTION": ("mla_attention",),
+        "hal_ops.kv_cache:KV_CACHE_WRITE": ("kv_cache_write",),
+        "hal_ops.merge_states:MERGE_STATES": ("merge_attention_states",),
+        "hal_ops.rotary_kv_cache_write:ROTARY_KV_CACHE_WRITE": ("rotary_kv_cache_write",),
+        "hal_ops.kv_pages_copy:KV_PAGES_COPY": ("kv_pages_copy",),
+        "hal_ops.kv_pages_gather:KV_PAGES_GATHER": ("kv_pages_gather",),
+        "hal_ops.rms_norm:RMS_NORM": ("rms_norm",),
+        "hal_ops.fused_add_rms_norm:FUSED_ADD_RMS_NORM": ("fused_add_rms_norm",),
+        "hal_ops.layer_norm:LAYER_NORM": ("layer_norm",),
+        "hal_ops.silu_and_mul:SILU_AND_MUL": ("silu_and_mul",),
+        "hal_ops.gelu_and_mul:GELU_AND_MUL": ("gelu_and_mul",),
+        "hal_ops.rotary_embedding:ROTARY_EMBEDDING": ("rotary_embedding",),
+        "hal_ops.fp8_quantize:FP8_QUANTIZE": ("fp8_quantize",),
+    }
+)
+_KERNELS: ByOp[Kernel] = ByOp(
+    {
+        "hal._portable_attention:KERNELS": ("attention", "kv_cache_write", "merge_attention_states"),
+        "hal._portable_triton:KERNELS": ("attention", "kv_cache_write", "merge_attention_states"),
+        "hal._portable_mla:KERNELS": ("mla_attention",),
+        "hal._portable_cache:KERNELS": ("rotary_kv_cache_write", "kv_pages_copy", "kv_pages_gather"),
+        "hal._portable_ops:KERNELS": (
+            "rms_norm",
+            "fused_add_rms_norm",
+            "layer_norm",
+            "silu_and_mul",
+            "gelu_and_mul",
+            "rotary_embedding",
+            "fp8_quantize",
+        ),
+    }
+)
 
 
 class PortablePlatform(Platform):
@@ -40,90 +67,7 @@ class PortablePlatform(Platform):
         return frozenset()
 
     def ops(self) -> Iterable[Op]:
-        return (ATTENTION, MLA_ATTENTION, KV_CACHE_WRITE, MERGE_STATES, *_portable_cache.OPS, *_portable_ops.OPS)
+        return _OPS
 
     def kernels(self) -> Iterable[Kernel]:
-        attention = (_attention(phase) for phase in ATTENTION.phases)
-        own = (*attention, *_kv_cache_write(), *_merge_states())
-        others = (_portable_triton, _portable_mla, _portable_cache, _portable_ops)
-        return (*own, *(kernel for module in others for kernel in module.kernels()))
-
-
-def _attention(phase: str) -> Kernel:
-    fields: dict[str, Constraint] = {
-        "num_q_heads": Anything((1, 6, 14)),
-        "num_kv_heads": Anything((1, 2)),
-        "head_dim": Range(1, None, (64, 80, 13)),
-        "v_head_dim": Range(1, None, (64, 48)),
-        "dtype": OneOf("float32", "bfloat16", "float16", "float64"),
-        "kv_dtype": OneOf(*_FLOATS, *FP8_DTYPES),
-        "page_size": Range(1, None, (16, 48)),
-        "kv_layout": OneOf(*KV_LAYOUTS),
-        "max_q_len": Range(1, None, (4,)),
-        "causal": OneOf(True, False),
-        "window": Windows(),
-        "softcap": Range(0, None, (30.0,)),
-        "sinks": OneOf(False, True),
-        "alibi": OneOf(False, True),
-        "softmax_scale": Anything((0.3,)),
-        "kv_scale": OneOf("tensor", "head"),
-        "qkv_dtype": OneOf(*_FLOATS, *FP8_DTYPES),
-        "qkv_scale": OneOf("tensor", "head"),
-        "return_lse": OneOf(False, True),
-        "deterministic": OneOf(False, True),
-        **({"needs_grad": OneOf(False, True)} if phase == "prefill" else {}),
-    }
-    return Kernel(
-        name=f"reference.{phase}",
-        op="attention",
-        phase=phase,
-        target=f"hal_ops.attention.reference:{phase}",
-        priority=Band.REFERENCE,
-        fields=fields,
-        needs=(_portable_ops.TORCH,),
-        note=_SLOW,
-    )
-
-
-def _kv_cache_write() -> tuple[Kernel, ...]:
-    fields: dict[str, Constraint] = {
-        "num_kv_heads": Anything((1, 2)),
-        "head_dim": Range(1, None, (64, 80)),
-        "v_head_dim": Range(1, None, (64, 48)),
-        "dtype": OneOf(*_FLOATS),
-        "kv_dtype": OneOf(*_FLOATS, *FP8_DTYPES),
-        "page_size": Range(1, None, (16, 48)),
-        "kv_layout": OneOf(*KV_LAYOUTS),
-        "kv_scale": OneOf("tensor", "head"),
-        "deterministic": OneOf(False, True),
-    }
-    return _call_kernels(KV_CACHE_WRITE, "hal_ops.kv_cache.torch_write:write", fields)
-
-
-def _merge_states() -> tuple[Kernel, ...]:
-    fields: dict[str, Constraint] = {
-        "num_heads": Anything((1, 6)),
-        "v_head_dim": Range(1, None, (64, 80)),
-        "dtype": OneOf("float32", "bfloat16", "float16"),
-        "deterministic": OneOf(False, True),
-    }
-    return _call_kernels(MERGE_STATES, "hal_ops.merge_states.torch_merge:merge", fields)
-
-
-def _call_kernels(op: Op, target: str, fields: dict[str, Constraint]) -> tuple[Kernel, ...]:
-    """The torch kernel and the reference of an op of one phase."""
-    ranks = (("torch", target, Band.PORTABLE, "torch ops"), ("reference", op.reference["call"], Band.REFERENCE, _SLOW))
-    return tuple(
-        Kernel(
-            name=f"{library}.{op.name}",
-            op=op.name,
-            phase="call",
-            target=code,
-            priority=band,
-            fields=fields,
-            evidence={"x86_64": "run"},
-            needs=(_portable_ops.TORCH,),
-            note=note,
-        )
-        for library, code, band, note in ranks
-    )
+        return _KERNELS

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from hal._constraints import Anything, Constraint, OneOf, Range
-from hal._device import Device
 from hal._kernel import Band, Kernel
-from hal._portable_ops import TORCH, TRITON
-from hal._reason import Reason
-from hal_ops import FP8_DTYPES, Op, Request, is_fp8
-from hal_ops.kv_pages_copy import KV_PAGES_COPY
-from hal_ops.kv_pages_gather import KV_PAGES_GATHER
-from hal_ops.rotary_kv_cache_write import ROTARY_KV_CACHE_WRITE
+from hal._portable_common import TORCH, TRITON, cache_format
+from hal_ops import FP8_DTYPES
 
-__all__ = ["OPS", "cache_format", "fp8_format", "kernels"]
-
-OPS: tuple[Op, ...] = (ROTARY_KV_CACHE_WRITE, KV_PAGES_COPY, KV_PAGES_GATHER)
+__all__ = ["KERNELS"]
 
 _MODULES = {"rotary_kv_cache_write": "rotary_write", "kv_pages_copy": "copy", "kv_pages_gather": "gather"}
 _TRITON_FLOATS = ("float16", "bfloat16", "float32")
@@ -28,34 +21,30 @@ _COMPILED = dict.fromkeys(_ARCHS, "compiled")
 Fields = dict[str, Constraint]
 
 
-def kernels() -> tuple[Kernel, ...]:
-    """For each op: the Triton kernel, the one of torch's operators, and the reference."""
-    return tuple(kernel for op in OPS for kernel in _kernels(op))
-
-
-def _kernels(op: Op) -> tuple[Kernel, ...]:
-    code = f"hal_ops.{op.name}.{{}}_{_MODULES[op.name]}:{op.name}"
-    all_formats, fields = {**_FIELDS[op.name], "deterministic": _FLAG}, _narrow(op)
+def _kernels(op: str) -> tuple[Kernel, ...]:
+    """The Triton kernel of an op, the one of torch's operators, and the reference."""
+    code = f"hal_ops.{op}.{{}}:{op}"
+    all_formats, fields = {**_FIELDS[op], "deterministic": _FLAG}, _narrow(op)
     triton = Kernel(
-        name=f"triton.{op.name}",
-        op=op.name,
+        name=f"triton.{op}",
+        op=op,
         phase="call",
-        target=code.format("triton"),
+        target=code.format(f"triton_{_MODULES[op]}"),
         priority=Band.PORTABLE + 50,
         needs=(TORCH, TRITON),
         capabilities=frozenset({"triton"}),
         fields={**fields, "deterministic": _FLAG, "graph": _FLAG},
-        check=None if op is KV_PAGES_COPY else cache_format,
+        check=None if op == "kv_pages_copy" else cache_format,
         evidence={**_COMPILED, "*": "claimed"},
     )
     ranks = (
-        ("torch", code.format("torch"), Band.PORTABLE, {**all_formats, "graph": _FLAG}, "torch ops"),
-        ("reference", op.reference["call"], Band.REFERENCE, all_formats, "float32 reference, slow"),
+        ("torch", code.format(f"torch_{_MODULES[op]}"), Band.PORTABLE, {**all_formats, "graph": _FLAG}, "torch ops"),
+        ("reference", code.format("reference"), Band.REFERENCE, all_formats, "float32 reference, slow"),
     )
     plain = (
         Kernel(
-            name=f"{library}.{op.name}",
-            op=op.name,
+            name=f"{library}.{op}",
+            op=op,
             phase="call",
             target=target,
             priority=band,
@@ -69,28 +58,16 @@ def _kernels(op: Op) -> tuple[Kernel, ...]:
     return (triton, *plain)
 
 
-def cache_format(request: Request, device: Device) -> Sequence[Reason]:
-    """Which FP8 formats Triton converts is said by the device's platform."""
-    return fp8_format(str(request.kv_dtype), "kv_dtype", device)  # type: ignore[attr-defined]
-
-
-def fp8_format(given: str, field: str, device: Device) -> Sequence[Reason]:
-    """The same for the format that ``field`` holds."""
-    if not is_fp8(given) or f"triton_{given.replace('float8', 'fp8')}" in device.capabilities:
-        return []
-    return [Reason("capability_missing", f"Triton does not convert {given} on {device.arch.name}", field, given)]
-
-
-def _narrow(op: Op) -> Fields:
+def _narrow(op: str) -> Fields:
     """Without float64, which Triton's kernels do not take; pages are copied in any format."""
-    if op is KV_PAGES_COPY:
-        return _FIELDS[op.name]
+    if op == "kv_pages_copy":
+        return _FIELDS[op]
     narrow: Mapping[str, Constraint] = {
         "dtype": OneOf(*_TRITON_FLOATS),
         "table_dtype": OneOf("float32", "bfloat16", "float16"),
         "kv_dtype": OneOf(*_TRITON_FLOATS, *FP8_DTYPES),
     }
-    return {name: narrow.get(name, rule) for name, rule in _FIELDS[op.name].items()}
+    return {name: narrow.get(name, rule) for name, rule in _FIELDS[op].items()}
 
 
 _CACHE: Fields = {
@@ -115,3 +92,4 @@ _FIELDS: Mapping[str, Fields] = {
     "kv_pages_copy": _CACHE,
     "kv_pages_gather": _SCALED,
 }
+KERNELS = tuple(kernel for op in _MODULES for kernel in _kernels(op))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from hal._constraints import Anything, Constraint, OneOf, Range, SameAs
 from hal._kernel import Archs, Band, Kernel
-from hal._portable_ops import TORCH, TRITON
+from hal._portable_common import TORCH, TRITON
 from hal_ops.mla_attention import PHASES
 
-__all__ = ["kernels"]
+__all__ = ["KERNELS"]
 
 _FLAG = OneOf(False, True)
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
@@ -26,12 +26,6 @@ _FIELDS: dict[str, Constraint] = {
     "return_lse": _FLAG,
     "deterministic": _FLAG,
 }
-
-
-def kernels() -> tuple[Kernel, ...]:
-    """Both phases of latent attention: the reference and torch anywhere, torch's own on the CPU, and Triton."""
-    makers = (_reference, _torch, _torch_cpu, _triton)
-    return tuple(make(phase) for phase in PHASES for make in makers)
 
 
 def _reference(phase: str) -> Kernel:
@@ -101,3 +95,7 @@ def _triton(phase: str) -> Kernel:
         fields=fields,
         evidence=_EVIDENCE,
     )
+
+
+KERNELS = tuple(make(phase) for phase in PHASES for make in (_reference, _torch, _torch_cpu, _triton))
+"""Both phases of latent attention: the reference and torch anywhere, torch's own on the CPU, and Triton."""

@@ -5,27 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from hal._constraints import Anything, Constraint, OneOf, Range
-from hal._kernel import Band, Kernel, Needs
-from hal_ops import FP8_DTYPES, Op
-from hal_ops.fp8_quantize import FP8_QUANTIZE
-from hal_ops.fused_add_rms_norm import FUSED_ADD_RMS_NORM
-from hal_ops.gelu_and_mul import GELU_AND_MUL
-from hal_ops.layer_norm import LAYER_NORM
-from hal_ops.rms_norm import RMS_NORM
-from hal_ops.rotary_embedding import ROTARY_EMBEDDING
-from hal_ops.silu_and_mul import SILU_AND_MUL
+from hal._kernel import Band, Kernel
+from hal._portable_common import TORCH, TRITON
+from hal_ops import FP8_DTYPES
 
-__all__ = ["OPS", "TORCH", "TRITON", "kernels"]
-
-OPS: tuple[Op, ...] = (
-    RMS_NORM,
-    FUSED_ADD_RMS_NORM,
-    LAYER_NORM,
-    SILU_AND_MUL,
-    GELU_AND_MUL,
-    ROTARY_EMBEDDING,
-    FP8_QUANTIZE,
-)
+__all__ = ["KERNELS"]
 
 _MODULES = {
     "rms_norm": "norm",
@@ -36,8 +20,6 @@ _MODULES = {
     "rotary_embedding": "rotary",
     "fp8_quantize": "quantize",
 }
-TORCH = Needs("torch", ">=2.6", install="`pip install torch`")
-TRITON = Needs("triton", ">=3.2", ("triton", "pytorch-triton", "pytorch-triton-rocm"))
 _HALVES = ("float32", "bfloat16", "float16")
 _FORMATS = OneOf(*_HALVES, "float64")
 _FLAG = OneOf(False, True)
@@ -49,19 +31,13 @@ _COMPILED = ("sm_80", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950", "gfx1100
 Fields = dict[str, Constraint]
 
 
-def kernels() -> tuple[Kernel, ...]:
-    """For each op: the Triton kernel, the one of torch's operators, and the reference."""
-    return tuple(kernel for op in OPS for kernel in (_triton(op), _torch(op), _reference(op)))
-
-
-def _triton(op: Op) -> Kernel:
-    name = op.name
-    held: Fields = {"group_elements": Range(1, _LARGEST)} if op is FP8_QUANTIZE else {}
+def _triton(op: str) -> Kernel:
+    held: Fields = {"group_elements": Range(1, _LARGEST)} if op == "fp8_quantize" else {}
     return Kernel(
-        name=f"triton.{name}",
-        op=name,
+        name=f"triton.{op}",
+        op=op,
         phase="call",
-        target=f"hal_ops.{name}.triton_{_MODULES[name]}:{name}",
+        target=f"hal_ops.{op}.triton_{_MODULES[op]}:{op}",
         priority=Band.PORTABLE + 50,
         capabilities=frozenset({"triton"}),
         needs=(TORCH, TRITON),
@@ -70,15 +46,15 @@ def _triton(op: Op) -> Kernel:
     )
 
 
-def _torch(op: Op) -> Kernel:
-    gradient: Fields = {} if op is FP8_QUANTIZE else {"needs_grad": _FLAG}
+def _torch(op: str) -> Kernel:
+    gradient: Fields = {} if op == "fp8_quantize" else {"needs_grad": _FLAG}
     # torch's layer norm loses digits where the mean is far above the deviation, as in rows of one element
-    least: Fields = {"hidden_size": Range(2, None, (64, 80))} if op is LAYER_NORM else {}
+    least: Fields = {"hidden_size": Range(2, None, (64, 80))} if op == "layer_norm" else {}
     return Kernel(
-        name=f"torch.{op.name}",
-        op=op.name,
+        name=f"torch.{op}",
+        op=op,
         phase="call",
-        target=f"hal_ops.{op.name}.torch_{_MODULES[op.name]}:{op.name}",
+        target=f"hal_ops.{op}.torch_{_MODULES[op]}:{op}",
         priority=Band.PORTABLE,
         needs=(TORCH,),
         fields={**_fields(op), **least, "graph": _FLAG, **gradient},
@@ -87,12 +63,12 @@ def _torch(op: Op) -> Kernel:
     )
 
 
-def _reference(op: Op) -> Kernel:
+def _reference(op: str) -> Kernel:
     return Kernel(
-        name=f"reference.{op.name}",
-        op=op.name,
+        name=f"reference.{op}",
+        op=op,
         phase="call",
-        target=op.reference["call"],
+        target=f"hal_ops.{op}.reference:{op}",
         priority=Band.REFERENCE,
         fields=_fields(op),
         evidence={"x86_64": "run"},
@@ -106,10 +82,10 @@ def _narrow(fields: Fields) -> Fields:
     return {**fields, **dict.fromkeys(formats, OneOf(*_HALVES))}
 
 
-def _fields(op: Op) -> Fields:
+def _fields(op: str) -> Fields:
     """What every kernel of the op handles."""
     common: Fields = {"dtype": _FORMATS, "deterministic": _FLAG}
-    return {**(_ROTARY if op is ROTARY_EMBEDDING else _ROWS), **common, **_OWN.get(op.name, {})}
+    return {**(_ROTARY if op == "rotary_embedding" else _ROWS), **common, **_OWN.get(op, {})}
 
 
 _ROWS: Fields = {"hidden_size": Range(1, None, (64, 80, 300))}
@@ -144,3 +120,4 @@ _ROTARY: Fields = {
     "style": OneOf("neox", "interleaved"),
     "table_dtype": _FORMATS,
 }
+KERNELS = tuple(make(op) for op in _MODULES for make in (_triton, _torch, _reference))

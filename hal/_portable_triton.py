@@ -7,14 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from hal._constraints import Anything, Constraint, Either, OneOf, Range, SameAs, Windows
 from hal._device import Device
 from hal._kernel import Band, Kernel
-from hal._portable_cache import cache_format, fp8_format
-from hal._portable_ops import TORCH, TRITON
+from hal._portable_common import TORCH, TRITON, cache_format, fp8_format
 from hal._reason import Reason
 from hal_ops import FP8_DTYPES, Request, is_fp8
 from hal_ops.attention import AttentionRequest
 from hal_ops.kv_layout import KV_LAYOUTS
 
-__all__ = ["kernels"]
+__all__ = ["KERNELS"]
 
 _COMPILED = ("sm_80", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201")
 _EVIDENCE = {"sm_90": "run", **dict.fromkeys(_COMPILED, "compiled"), "*": "claimed"}
@@ -22,19 +21,6 @@ _FLOATS = ("float16", "bfloat16", "float32")
 _FLAG = OneOf(False, True)
 
 Fields = dict[str, Constraint]
-
-
-def kernels() -> tuple[Kernel, ...]:
-    """Attention in three phases, the cache write and the merge of attention states."""
-    return (
-        _kernel(
-            "attention", "prefill", "hal_ops.attention.triton_prefill:prefill", _PREFILL, _PREFILL_ON, _format_of_q
-        ),
-        _kernel("attention", "extend", "hal_ops.attention.triton_extend:extend", _EXTEND, _EXTEND_ON, _cache_of_q),
-        _kernel("attention", "decode", "hal_ops.attention.triton_decode:decode", _DECODE, _DECODE_ON, _cache_of_q),
-        _kernel("kv_cache_write", "call", "hal_ops.kv_cache.triton_write:write", _WRITE, check=cache_format),
-        _kernel("merge_attention_states", "call", "hal_ops.merge_states.triton_merge:merge", _MERGE),
-    )
 
 
 def _kernel(
@@ -121,3 +107,12 @@ _MERGE: Fields = {
     "v_head_dim": Range(1, None, (64, 80)),
     "dtype": OneOf(*_FLOATS),
 }
+
+KERNELS = (
+    _kernel("attention", "prefill", "hal_ops.attention.triton_prefill:prefill", _PREFILL, _PREFILL_ON, _format_of_q),
+    _kernel("attention", "extend", "hal_ops.attention.triton_extend:extend", _EXTEND, _EXTEND_ON, _cache_of_q),
+    _kernel("attention", "decode", "hal_ops.attention.triton_decode:decode", _DECODE, _DECODE_ON, _cache_of_q),
+    _kernel("kv_cache_write", "call", "hal_ops.kv_cache.triton_write:write", _WRITE, check=cache_format),
+    _kernel("merge_attention_states", "call", "hal_ops.merge_states.triton_merge:merge", _MERGE),
+)
+"""Attention in three phases, the cache write and the merge of attention states."""

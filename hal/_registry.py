@@ -7,9 +7,10 @@ import functools
 import importlib.metadata
 import itertools
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from hal._by_op import ByOp
 from hal._kernel import Band, Kernel
 from hal._libraries import Library, normalize
 from hal._platform import Platform
@@ -56,41 +57,60 @@ def _our_distributions() -> frozenset[str]:
 
 
 class Registry:
-    """Holds what plugins registered. Built whole, then only read; each one has a ``generation`` of its own."""
+    """Holds what plugins registered, of the ops that were asked for: contracts and kernels of others may wait.
+
+    ``generation`` is another number wherever the platforms may be others.
+    """
 
     def __init__(self) -> None:
-        self.generation: int = next(_generations)
+        self.generation: int = 0
         self.platforms: dict[str, Platform] = {}
         self.ops: dict[str, Op] = {}
         self.kernels: dict[str, Kernel] = {}
         self.libraries: dict[str, Library] = {}
         self.errata: tuple[Erratum, ...] = ()
         self.sources: dict[str, Source] = {}
+        self._waiting: dict[str, ByOp[Op]] = {}
 
     def add_platform(self, platform: Platform, source: Source) -> None:
-        """Register a platform and the ops it brings; :meth:`add_kernels` comes once all ops are there."""
-        for op in platform.ops():
-            if op.name in self.ops:
-                raise RegistrationError(
-                    f"op {op.name!r} is registered by {self.sources['op:' + op.name]} already", name=op.name
-                )
-            self.ops[op.name] = op
-            self.sources[f"op:{op.name}"] = source
+        """Register a platform and the names of the ops it brings; :meth:`add_kernels` comes once all names are there."""
+        offered = platform.ops()
+        if isinstance(offered, ByOp):
+            self._name_ops(offered.ops, source)
+            self._waiting.update(dict.fromkeys(offered.ops, offered))
+        else:
+            for op in offered:
+                self._name_ops((op.name,), source)
+                self.ops[op.name] = op
         self.platforms[platform.name] = platform
         self.sources[f"platform:{platform.name}"] = source
+        self.generation = next(_generations)
 
-    def add_kernels(self, platform: Platform, source: Source) -> None:
-        """Register a platform's kernels, libraries and errata.
+    def _name_ops(self, names: Iterable[str], source: Source) -> None:
+        for name in names:
+            if f"op:{name}" in self.sources:
+                raise RegistrationError(f"op {name!r} is registered by {self.sources['op:' + name]} already", name=name)
+            self.sources[f"op:{name}"] = source
+
+    def add_kernels(self, platform: Platform, source: Source, ops: Collection[str] | None = None) -> None:
+        """Register a platform's kernels, libraries and errata; of what it keeps by op, that of ``ops`` (None: all).
 
         Raises:
             RegistrationError: a wrong declaration, or a name that is taken; both owners are named.
         """
-        for kernel in platform.kernels():
-            self.kernels[kernel.name] = self._admitted(kernel, source)
-            self.sources[f"kernel:{kernel.name}"] = source
+        offered = platform.kernels()
+        self._load_ops(source, ops)
+        self._admit(offered.of(ops) if isinstance(offered, ByOp) else offered, source)
         for library in platform.libraries():
             self.libraries.setdefault(library.name, library)
         self.add_errata(platform.errata())
+
+    def add_waiting(self, platform: Platform, source: Source, ops: Collection[str]) -> None:
+        """Register what a platform that is here keeps by op, of ``ops``; raises as :meth:`add_kernels` does."""
+        offered = platform.kernels()
+        self._load_ops(source, ops)
+        if isinstance(offered, ByOp):
+            self._admit(offered.of(ops), source)
 
     def add_errata(self, rows: Iterable[Erratum]) -> None:
         """Add known-bad rows.
@@ -99,16 +119,20 @@ class Registry:
             RegistrationError: two different rows have one id, or a condition names no field of any request.
         """
         known = {row.id: row for row in self.errata}
-        fields = {name for op in self.ops.values() for name in (*op.request.rules(), *op.request.derived)}
         for row in rows:
-            wrong = [name for name in row.when if name not in fields]
+            wrong = [name for name in row.when if not any(name in _fields(op) for op in self._every_op())]
             if wrong:
-                near = did_you_mean(wrong[0], fields)
+                near = did_you_mean(wrong[0], {name for op in self._every_op() for name in _fields(op)})
                 text = f"erratum {row.id!r}: no op's request has a field {wrong[0]!r}.{near}"
                 raise RegistrationError(text, name=row.id)
             if known.setdefault(row.id, row) != row:
                 raise RegistrationError(f"two errata have the id {row.id!r}", name=row.id)
         self.errata = tuple(known.values())
+
+    def _admit(self, kernels: Iterable[Kernel], source: Source) -> None:
+        for kernel in kernels:
+            self.kernels[kernel.name] = self._admitted(kernel, source)
+            self.sources[f"kernel:{kernel.name}"] = source
 
     def _admitted(self, kernel: Kernel, source: Source) -> Kernel:
         if type(kernel) is not Kernel:
@@ -139,12 +163,17 @@ class Registry:
                     raise RegistrationError(f"kernel {kernel.name!r}: {error}", name=kernel.name) from error
 
     def copy(self) -> Registry:
-        """A registry of its own with the same contents, to try a plugin on."""
+        """A registry of its own with the same contents, to try a plugin on, or to load more into."""
         other = Registry()
-        for name in ("platforms", "ops", "kernels", "libraries", "sources"):
+        for name in ("platforms", "ops", "kernels", "libraries", "sources", "_waiting"):
             getattr(other, name).update(getattr(self, name))
         other.errata = self.errata
+        other.generation = self.generation
         return other
+
+    def op_names(self) -> frozenset[str]:
+        """Names of all ops, loaded or not."""
+        return frozenset((*self.ops, *self._waiting))
 
     def op(self, name: str) -> Op:
         """The op called ``name``, or once called so (with a DeprecationWarning).
@@ -152,18 +181,35 @@ class Registry:
         Raises:
             UnknownOpError: with the nearest match and the ops there are.
         """
-        renamed = next((op for op in self.ops.values() if name in op.aliases), None)
-        if renamed is not None and name not in self.ops:
+        if name in self._waiting:
+            self._load_op(name)
+        if name in self.ops:
+            return self.ops[name]
+        renamed = next((op for op in self._every_op() if name in op.aliases), None)
+        if renamed is not None:
             warnings.warn(f"op {name!r} is now called {renamed.name!r}", DeprecationWarning, stacklevel=3)
             return renamed
-        if name not in self.ops:
-            known = tuple(sorted(self.ops))
-            raise UnknownOpError(
-                f"no op is called {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}",
-                name=name,
-                known=known,
-            )
-        return self.ops[name]
+        known = tuple(sorted(self.ops))
+        raise UnknownOpError(
+            f"no op is called {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}",
+            name=name,
+            known=known,
+        )
+
+    def _every_op(self) -> Iterator[Op]:
+        """All ops, those that are loaded first; the others are loaded one by one, as far as they are looked at."""
+        yield from tuple(self.ops.values())
+        yield from map(self.op, tuple(self._waiting))
+
+    def _load_ops(self, source: Source, ops: Collection[str] | None) -> None:
+        for name in tuple(self._waiting):
+            if (ops is None or name in ops) and self.sources[f"op:{name}"] == source:
+                self._load_op(name)
+
+    def _load_op(self, name: str) -> None:
+        loaded = next(self._waiting[name].of((name,)))
+        self.ops = {**self.ops, name: loaded}  # never changed in place: other threads may be reading it
+        self._waiting = {kept: by_op for kept, by_op in self._waiting.items() if kept != name}
 
     def candidates(self, op: str, phase: str, device: Device | None = None) -> tuple[Kernel, ...]:
         """Kernels of one phase, best first: by priority (on ``device``), then by name. Import order plays no part."""
@@ -206,3 +252,7 @@ class Registry:
     @staticmethod
     def _names(kernels: Iterable[Kernel]) -> tuple[str, ...]:
         return tuple(sorted({name for k in kernels for name in (k.name, k.library)}))
+
+
+def _fields(op: Op) -> Collection[str]:
+    return (*op.request.rules(), *op.request.derived)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hal import _devices, _plugins, _settings
@@ -17,12 +17,12 @@ from hal._device import Device
 from hal._eligibility import Circumstances, elsewhere, errata_for, why_not
 from hal._forced import Forced, forced_kernels
 from hal._joint import Job, decide_open_fields
-from hal._kernel import Band, Kernel
+from hal._kernel import Kernel
 from hal._ledger import Ledger
 from hal._libraries import as_now
 from hal._reason import Reason
 from hal._registry import Registry
-from hal.errors import NoKernelError
+from hal.errors import NoKernelError, UnknownKernelError
 from hal_ops import Op, Request, record
 
 if TYPE_CHECKING:
@@ -160,12 +160,18 @@ def select_together(requests: Sequence[Request], *, device: Any = None, kernel: 
     Fields left open (``page_size``, ``kv_layout``) get one value for all of them: the one with which the best kernels
     can serve.
     """
-    registry = _plugins.registry()
+    try:
+        return _decided(requests, device, kernel, _plugins.registry({request.op for request in requests}))
+    except UnknownKernelError:
+        every_op = _plugins.registry()  # a name that is of none of these ops may be of another
+    return _decided(requests, device, kernel, every_op)
+
+
+def _decided(requests: Sequence[Request], device: Any, kernel: Any, registry: Registry) -> tuple[Selection, ...]:
     settings = _settings.current()
     _check_settings(settings, registry)
-    around = Circumstances(
-        _devices.device(device), registry, settings, Ledger(settings.cache_dir() / "ledger.json"), broken
-    )
+    ledger = Ledger(settings.cache_dir() / "ledger.json")
+    around = Circumstances(_devices.device(device), registry, settings, ledger, broken)
     jobs = [_job(request, kernel, around) for request in requests]
     values = decide_open_fields(jobs, around)
     return tuple(_outcome(job, request, values, around) for job, request in zip(jobs, requests, strict=True))
@@ -289,10 +295,3 @@ def _candidate(
     if kernel.copies:
         notes.append(f"copies {kernel.copies}")
     return Candidate(kernel, status, tuple(why), evidence, time, tuple(notes), kernel.priority_on(around.device))
-
-
-def fallbacks(selection: Selection) -> Iterator[PhaseChoice]:
-    """The phases that a reference kernel was chosen for without being asked for."""
-    for choice in selection.choices.values():
-        if choice.kernel is not None and choice.kernel.band == Band.REFERENCE and choice.forced is None:
-            yield choice

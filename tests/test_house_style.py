@@ -191,7 +191,7 @@ def dropped_keywords(source: Source) -> Iterator[str]:
 VENDORS = re.compile(r"(?<![a-z])(nvidia|geforce|cuda|rocm|hip|amd|musa|mthreads)(?![a-z0-9])", re.IGNORECASE)
 TOLD_BY_TORCH = {
     "hal/_libraries.py": {"cuda", "hip", "musa"},
-    "hal/_portable_ops.py": {"rocm"},
+    "hal/_portable_common.py": {"rocm"},
 }
 """Words that are data there: what ``torch/version.py`` of a build writes, and a distribution that carries Triton. No
 branch looks at them."""

@@ -126,5 +126,5 @@ class Isolated:
 
 
 def _temporary(kernel: Kernel) -> bool:
-    source = _plugins.registry().sources.get(f"kernel:{kernel.name}")
+    source = _plugins.registry((kernel.op,)).sources.get(f"kernel:{kernel.name}")
     return source is None or source.plugin in dict(_plugins.temporary())

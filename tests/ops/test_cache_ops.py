@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import hal
-from hal._portable_cache import OPS, kernels
+from hal._portable_cache import KERNELS
 from hal.testing import check, corners
 from hal_ops import FP8_DTYPES, Op, torch_dtype
 from hal_ops.kv_pages_copy import KvPagesCopyRequest
@@ -23,7 +23,8 @@ from hal_ops.rotary_kv_cache_write import RotaryKvCacheWriteRequest
 from hal_ops.rotary_kv_cache_write.cases import make_case as make_rotary_case
 from hal_ops.rotary_kv_cache_write.torch_rotary_write import rotary_kv_cache_write
 
-ON_CPU = [kernel for kernel in kernels() if kernel.library in ("torch", "reference")]
+OPS = tuple(hal._plugins.registry().op(name) for name in dict.fromkeys(kernel.op for kernel in KERNELS))
+ON_CPU = [kernel for kernel in KERNELS if kernel.library in ("torch", "reference")]
 FORMATS = ("float64", "float32", "bfloat16", "float16", *FP8_DTYPES)
 LIBRARIES = {"torch": "2.11.0", "triton": "3.6.0"}
 SIZES: dict[str, Any] = {"num_kv_heads": 2, "head_dim": 16, "page_size": 4}
@@ -50,7 +51,7 @@ def test_kernels_do_what_they_declare(kernel: hal.Kernel) -> None:  # requiremen
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_every_field_is_tried_by_some_corner(op: Op) -> None:
     moved = set()
-    for kernel in kernels():
+    for kernel in KERNELS:
         if kernel.op == op.name and kernel.library != "reference":
             requests = corners(kernel, op=op)
             moved |= {n for n in op.request.rules() if len({getattr(r, n) for r in requests}) > 1}

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from hal import _plugins
+
 Fresh = Callable[..., Any]
 
 USE = """
@@ -159,6 +161,17 @@ ONLY_WITH_DEVICES = (
 )
 
 
+def of_other_ops() -> list[str]:
+    """What the modules of ops other than attention and the write of its cache have in their names."""
+    contracts = {op.request.__module__.split(".")[1] for op in _plugins.registry().ops.values()}
+    assert {"attention", "kv_cache", "rms_norm", "mla_attention"} <= contracts
+    return [f"hal_ops.{name}" for name in contracts - {"attention", "kv_cache"}] + [
+        "mla",
+        "_op_kernels",
+        "_portable_ops",
+    ]
+
+
 def test_the_first_handle_imports_nothing_that_only_others_need(fresh: Fresh) -> None:
     # requirement X8
     pytest.importorskip("torch")
@@ -180,4 +193,5 @@ def test_the_first_handle_imports_nothing_that_only_others_need(fresh: Fresh) ->
     absent = [f"{top}.{module}" for top, module in vendors if top.removeprefix("hal_") not in platforms]
     assert [name for name in absent if name.rpartition(".")[2] in ONLY_WITH_DEVICES] == []
     assert costly == []  # hal_ops.record is what costs little
+    assert [name for name in early if any(part in name for part in of_other_ops())] == []
     assert "prefill" in text

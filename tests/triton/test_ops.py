@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import hal
-from hal._portable_ops import OPS, kernels
+from hal._portable_ops import KERNELS as DECLARED
 from hal.testing import check, corners
 from hal_ops import Op, resolve_target
 from hal_ops._triton_gate import CONFIGS as GATE_CONFIGS
@@ -34,7 +34,8 @@ from hal_ops.rotary_embedding.triton_rotary import rotary_embedding
 from hal_ops.silu_and_mul import SiluAndMulRequest
 from hal_ops.silu_and_mul.triton_gate import silu_and_mul
 
-KERNELS = {kernel.op: kernel for kernel in kernels() if kernel.library == "triton"}
+OPS = tuple(hal._plugins.registry().op(name) for name in dict.fromkeys(kernel.op for kernel in DECLARED))
+KERNELS = {kernel.op: kernel for kernel in DECLARED if kernel.library == "triton"}
 FEW = {"rotary_embedding": 8, "fp8_quantize": 14}
 HALVES = ("float16", "bfloat16")
 

@@ -6,12 +6,19 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hal import Arch, Device, Erratum, Kernel, Library, Platform, Probe
+from hal import Arch, ByOp, Device, Erratum, Kernel, Library, Platform, Probe
 
 if TYPE_CHECKING:
     from hal_musa._system import System
 
 __all__ = ["MusaPlatform"]
+
+_KERNELS: ByOp[Kernel] = ByOp(
+    {
+        "hal_musa.mate_kernels:KERNELS": ("attention",),
+        "hal_musa.torch_musa_kernels:KERNELS": ("attention", "rms_norm", "silu_and_mul"),
+    }
+)
 
 
 class MusaPlatform(Platform):
@@ -69,9 +76,7 @@ class MusaPlatform(Platform):
 
     def kernels(self) -> Iterable[Kernel]:
         """Kernels of MATE and torch_musa, as declarations; neither is imported."""
-        from hal_musa._kernels import KERNELS
-
-        return KERNELS
+        return _KERNELS
 
     def errata(self) -> Iterable[Erratum]:
         """Known-bad combinations, from ``errata.json``."""

@@ -6,12 +6,27 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hal import Arch, Device, Erratum, Kernel, Library, Platform, Probe
+from hal import Arch, ByOp, Device, Erratum, Kernel, Library, Platform, Probe
 
 if TYPE_CHECKING:
     from hal_nvidia._system import System
 
 __all__ = ["NvidiaPlatform"]
+
+_KERNELS: ByOp[Kernel] = ByOp(
+    {
+        "hal_nvidia.sdpa_kernels:KERNELS": ("attention",),
+        "hal_nvidia.flash_attn_2_kernels:KERNELS": ("attention",),
+        "hal_nvidia.flash_attn_3_kernels:KERNELS": ("attention",),
+        "hal_nvidia.flash_attn_3_mla_kernels:KERNELS": ("mla_attention",),
+        "hal_nvidia.flash_attn_4_kernels:KERNELS": ("attention",),
+        "hal_nvidia.flashinfer_kernels:KERNELS": ("attention",),
+        "hal_nvidia.flashinfer_mla_kernels:KERNELS": ("mla_attention",),
+        "hal_nvidia.flashinfer_trtllm_kernels:KERNELS": ("attention",),
+        "hal_nvidia.trtllm_mla_kernels:KERNELS": ("mla_attention",),
+        "hal_nvidia.flashinfer_op_kernels:KERNELS": ("rms_norm", "silu_and_mul", "gelu_and_mul"),
+    }
+)
 
 
 class NvidiaPlatform(Platform):
@@ -69,9 +84,7 @@ class NvidiaPlatform(Platform):
 
     def kernels(self) -> Iterable[Kernel]:
         """Kernels of the libraries, as declarations; none is imported."""
-        from hal_nvidia._kernels import KERNELS
-
-        return KERNELS
+        return _KERNELS
 
     def errata(self) -> Iterable[Erratum]:
         """Known-bad combinations, from ``errata.json``."""

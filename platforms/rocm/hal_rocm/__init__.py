@@ -6,12 +6,32 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hal import Arch, Device, Erratum, Kernel, Library, Platform, Probe
+from hal import Arch, ByOp, Device, Erratum, Kernel, Library, Platform, Probe
 
 if TYPE_CHECKING:
     from hal_rocm._system import System
 
 __all__ = ["RocmPlatform"]
+
+_KERNELS: ByOp[Kernel] = ByOp(
+    {
+        "hal_rocm.aiter_kernels:KERNELS": ("attention",),
+        "hal_rocm.aiter_pa_kernels:KERNELS": ("attention",),
+        "hal_rocm.aiter_mla_kernels:KERNELS": ("mla_attention",),
+        "hal_rocm.aiter_triton_kernels:KERNELS": ("attention",),
+        "hal_rocm.aiter_op_kernels:KERNELS": (
+            "rms_norm",
+            "fused_add_rms_norm",
+            "layer_norm",
+            "silu_and_mul",
+            "gelu_and_mul",
+            "rotary_embedding",
+            "kv_cache_write",
+        ),
+        "hal_rocm.flash_attn_kernels:KERNELS": ("attention",),
+        "hal_rocm.sdpa_kernels:KERNELS": ("attention",),
+    }
+)
 
 
 class RocmPlatform(Platform):
@@ -68,9 +88,7 @@ class RocmPlatform(Platform):
 
     def kernels(self) -> Iterable[Kernel]:
         """What aiter, flash-attn and torch offer on AMD's devices."""
-        from hal_rocm._kernels import KERNELS
-
-        return KERNELS
+        return _KERNELS
 
     def errata(self) -> Iterable[Erratum]:
         """What is known to be wrong with them, from ``errata.json``."""

@@ -1,0 +1,152 @@
+"""Loading plugins: a registry of those that work, which grows by the ops that are asked for."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+from hal._platform import PLUGIN_API, Platform
+from hal._registry import Registry, Source
+from hal.errors import PluginError
+from hal_ops import record
+
+__all__ = ["Found", "Loaded", "PluginRecord"]
+
+RESERVED = ("cpu", "portable")
+
+log = logging.getLogger("hal")
+_reported: set[tuple[Source, str]] = set()
+
+
+@record(frozen=True)
+class PluginRecord:
+    """What became of one plugin: ``"loaded"``, ``"denied"`` or ``"failed"``, with the error's text."""
+
+    name: str
+    distribution: str
+    version: str
+    status: str
+    error: str = ""
+
+
+@record(frozen=True)
+class Found:
+    """A plugin as its entry point names it; ``load`` imports the class."""
+
+    name: str
+    load: Any
+    source: Source
+
+
+class Loaded:
+    """The plugins of some settings that work. One that fails is left out whole, whenever it shows.
+
+    A registry that was given out does not change: what is asked for later is loaded into a copy.
+    """
+
+    def __init__(self, found: list[Found], named: set[str], errata: Path | None) -> None:
+        self._left = sorted(
+            found, key=lambda plugin: plugin.name not in RESERVED
+        )  # what is built in has its names first
+        self._named = named
+        self._errata = errata
+        self._failed: list[PluginRecord] = []
+        self._registry, self._asked = self._built(frozenset())
+
+    def registry(self, ops: Collection[str] | None = None) -> Registry:
+        """The plugins, with these ops loaded whole; None, or a name that no op has, means all there are.
+
+        Raises:
+            PluginError: a plugin failed that was asked for by name, or is built in.
+        """
+        known = self._registry.op_names()
+        wanted = known if ops is None or not known.issuperset(ops) else frozenset(ops)
+        if not wanted <= self._asked:
+            self._load(wanted - self._asked)
+        return self._registry
+
+    def records(self) -> tuple[PluginRecord, ...]:
+        """What became of each, all that it declares considered."""
+        self.registry()
+        loaded = (PluginRecord(f.name, f.source.distribution, f.source.version, "loaded") for f in self._left)
+        return (*self._failed, *loaded)
+
+    def _load(self, ops: frozenset[str]) -> None:
+        grown = self._registry.copy()
+        if self._each(lambda f: grown.add_waiting(grown.platforms[f.name], f.source, ops)) is None:
+            self._registry, self._asked = grown, self._asked | ops
+        else:
+            self._registry, self._asked = self._built(self._asked | ops)
+
+    def _built(self, ops: frozenset[str]) -> tuple[Registry, frozenset[str]]:
+        """Everything registered anew, so that nothing stays of a plugin that fails; and the ops that are loaded."""
+        while True:
+            built = Registry()
+            # names of ops come first: a plugin may bring kernels for another's op
+            failure = self._each(functools.partial(_add_platform, built), functools.partial(_add_kernels, built, ops))
+            named = frozenset(kernel.op for kernel in built.kernels.values())
+            if failure is not None:
+                self._leave_out(*failure)
+            elif named <= ops:
+                break
+            ops |= named  # what is not kept by op is there at once, and is held against all of its op
+        if self._errata is not None:
+            from hal._errata import load_errata
+
+            built.add_errata(load_errata(self._errata))
+        return built, ops
+
+    def _each(self, *steps: Callable[[Found], None]) -> tuple[Found, BaseException] | None:
+        """Take each step with every plugin, up to the first that fails."""
+        for step in steps:
+            for plugin in self._left:
+                try:
+                    step(plugin)
+                except (Exception, SystemExit) as error:  # noqa: BLE001 - reported, and raised if it was asked for
+                    return plugin, error
+        return None
+
+    def _leave_out(self, plugin: Found, error: BaseException) -> None:
+        self._failed.append(_failed(plugin, error, self._named))
+        self._left.remove(plugin)
+
+
+def _add_platform(built: Registry, plugin: Found) -> None:
+    cls = plugin.load()
+    if not (isinstance(cls, type) and issubclass(cls, Platform)):
+        raise PluginError(f"entry point {plugin.name!r} names {cls!r}, which is no subclass of hal.Platform")
+    if cls.api != PLUGIN_API:
+        older = "upgrade the plugin" if cls.api < PLUGIN_API else "upgrade torch-hal"
+        raise PluginError(f"plugin {plugin.source} speaks plugin API {cls.api}, this hal speaks {PLUGIN_API}: {older}")
+    if cls.name != plugin.name:
+        raise PluginError(
+            f"entry point {plugin.name!r} brings a platform that calls itself {cls.name!r}; give both one name"
+        )
+    built.add_platform(cls(), plugin.source)
+
+
+def _add_kernels(built: Registry, ops: frozenset[str], plugin: Found) -> None:
+    built.add_kernels(built.platforms[plugin.name], plugin.source, ops)
+
+
+def _failed(plugin: Found, error: BaseException, named: set[str]) -> PluginRecord:
+    text = f"{type(error).__name__}: {error}"
+    if plugin.name in named or plugin.name in RESERVED:
+        why = "was asked for" if plugin.name in named else "is built in"
+        raise PluginError(
+            f"plugin {plugin.source} {why} and failed: {text}",
+            plugin=plugin.name,
+            distribution=plugin.source.distribution,
+        ) from error
+    if (plugin.source, text) not in _reported:
+        _reported.add((plugin.source, text))
+        log.warning("plugin %s is left out: %s", plugin.source, text, exc_info=error)
+    return PluginRecord(plugin.name, plugin.source.distribution, plugin.source.version, "failed", text)
+
+
+def forget_reports() -> None:
+    """Report failures anew."""
+    _reported.clear()
