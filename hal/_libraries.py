@@ -73,9 +73,19 @@ def installed(name: str) -> Version | None:
 @functools.cache
 def _installed(name: str) -> Version | None:
     try:
-        return Version.parse(importlib.metadata.version(name))
+        return Version.parse(name_and_version(importlib.metadata.distribution(name))[1])
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def name_and_version(distribution: importlib.metadata.Distribution) -> tuple[str, str]:
+    """From the head of its metadata; ``distribution.metadata`` parses all of it, long description included."""
+    text = distribution.read_text("METADATA") or distribution.read_text("PKG-INFO") or ""
+    head = dict(line.partition(": ")[::2] for line in text.partition("\n\n")[0].splitlines())
+    try:
+        return head["Name"].strip(), head["Version"].strip()
+    except KeyError:
+        return distribution.metadata["Name"], distribution.version
 
 
 def has_module(name: str) -> bool:

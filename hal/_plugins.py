@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from hal import _settings
+from hal._libraries import name_and_version
 from hal._loading import RESERVED, Found, Loaded, PluginRecord, forget_reports
 from hal._platform import Platform
 from hal._registry import Registry, Source
@@ -101,8 +102,8 @@ def _discover() -> tuple[Found, ...]:
     """Entry points by name, each with its distribution; nothing is imported."""
     found = []
     for entry in sorted(importlib.metadata.entry_points(group=GROUP), key=lambda e: e.name):
-        about = entry.dist.metadata if entry.dist else {"Name": "", "Version": ""}  # parsed anew at each access
-        found.append(Found(entry.name, entry.load, Source(entry.name, about["Name"], about["Version"])))
+        about = name_and_version(entry.dist) if entry.dist else ("", "")
+        found.append(Found(entry.name, entry.load, Source(entry.name, *about)))
     return tuple(found)
 
 

@@ -167,7 +167,7 @@ def of_other_ops() -> list[str]:
     assert {"attention", "kv_cache", "rms_norm", "mla_attention"} <= contracts
     return [f"hal_ops.{name}" for name in contracts - {"attention", "kv_cache"}] + [
         "mla",
-        "_op_kernels",
+        "flashinfer_op_",
         "_portable_ops",
     ]
 
