@@ -49,8 +49,10 @@ class Attention(Planner):
         self._max_q_len = self.request.max_q_len
         self._torch_device = selection.device.torch_device()
         self._dtype = torch_dtype(self.request.qkv_dtype)
-        self._same: _same.Same = _same.never
+        self._known: _same.Known = (_same.never, self._prefill)  # type: ignore[assignment]
+        self._known_step: tuple[_same.Same, int, Any] = (_same.never, 0, None)
 
+    @_same.known_first
     def __call__(
         self,
         q: Tensor,
@@ -93,13 +95,6 @@ class Attention(Planner):
             InputError: an argument that does not fit, before anything is written.
             PlanMismatchError: the plan was made by another handle.
         """
-        if (
-            plan is cu_seqlens_q is cache is cu_seqlens_k is sinks is alibi_slopes is None  # type: ignore[comparison-overlap]
-            and q_scale is k_scale is v_scale is None
-            and not return_lse
-            and self._same(q, k, v)
-        ):
-            return self._prefill(q, k, v)  # type: ignore[misc]
         extras = _inputs.check_extras(self, sinks, alibi_slopes, return_lse)
         if not q_scale is k_scale is v_scale is None:
             extras |= _inputs.check_scales(self, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale)
@@ -109,12 +104,21 @@ class Attention(Planner):
         if k is None or v is None:
             raise InputError("k and v are missing: give them, or a cache and a plan")
         if cu_seqlens_q is None and cu_seqlens_k is None:
-            _inputs.check_dense(self, q, k, v)
-            if not extras:
-                self._same = _same.like(q, k, v)
-            return self._fresh()(q, k, v, **extras)
+            return self._dense(q, k, v, extras)
         lengths = _inputs.check_ragged(self, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         return self._fresh()(q, k, v, **lengths, **extras)
+
+    def _dense(self, q: Tensor, k: Tensor, v: Tensor, extras: dict[str, Any]) -> Any:
+        if extras:
+            _inputs.check_dense(self, q, k, v)
+            return self._fresh()(q, k, v, **extras)
+        same, run = self._known
+        if not same(q, k, v):
+            _inputs.check_dense(self, q, k, v)
+            run = self._fresh()
+            run = run.for_dense(q, k, v) if hasattr(run, "for_dense") else run
+            self._known = _same.like(q, k, v), run
+        return run(q, k, v)
 
     def _fresh(self) -> Any:
         if self._prefill is None:
@@ -138,8 +142,12 @@ class Attention(Planner):
         if cache._checked_by is not self:
             _inputs.check_cache(self, cache)
             cache._checked_by = self
-        _inputs.check_step(self, q, k, v, plan)
         step = plan._step
+        same, tokens, buffers = self._known_step
+        if tokens != step.num_tokens or buffers is not plan._buffers or not same(q, k, v):
+            _inputs.check_step(self, q, k, v, plan)
+            if k is not None and v is not None:
+                self._known_step = _same.like(q, k, v), step.num_tokens, plan._buffers
         if self._debug_checks:
             _inputs.check_pages(step, cache)
         if k is None or v is None:

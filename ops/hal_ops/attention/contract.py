@@ -10,7 +10,9 @@ Public semantics (shapes, masks, numerics) are those of ``docs/attention.md``; t
 Dense without ``cu_seqlens_*``: q ``[batch, q_len, num_q_heads, head_dim]``, k and v with ``num_kv_heads``. Ragged with
 them: ``[tokens, heads, dim]``, int32 cumulative lengths in tokens on q's device, and host maxima. A kernel that has to
 know lengths on the host may have ``fn.for_step(step) -> fn``: the same call for a step whose keys are its queries' own,
-made once for all layers from the step's host lengths.
+made once for all layers from the step's host lengths. One that looks at sizes in each dense call may have
+``fn.for_dense(q, k, v) -> fn``: what is to be called with three tensors alone, while shapes, strides, dtypes and devices
+are those of these.
 
 If the request has an FP8 ``qkv_dtype``, q, k and v are in it, ``out`` in ``request.dtype``, and ``fn`` takes ``q_scale``,
 ``k_scale`` and ``v_scale`` too: None (1.0), or float32 of one element or ``[num_kv_heads]``, that values were divided by.

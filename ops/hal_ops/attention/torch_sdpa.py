@@ -23,8 +23,9 @@ seen, once a layer; everything else is views, but for padding and for float16.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,6 +55,11 @@ def prefill(request: AttentionRequest, device: object) -> PrefillAttention:
     causal, scale, gqa = request.causal, request.softmax_scale, request.group_size > 1
     sdpa = functional.scaled_dot_product_attention
 
+    def one_length(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return sdpa(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=causal, scale=scale, enable_gqa=gqa
+        ).transpose(1, 2)
+
     def call(
         q: Tensor,
         k: Tensor,
@@ -72,12 +78,12 @@ def prefill(request: AttentionRequest, device: object) -> PrefillAttention:
                 q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, sinks=sinks, alibi_slopes=alibi_slopes,
                 return_lse=return_lse,
             )  # fmt: skip
-        if q.size(1) != k.size(1):
-            return general(q, k, v)
-        return sdpa(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=causal, scale=scale, enable_gqa=gqa
-        ).transpose(1, 2)
+        return one_length(q, k, v) if q.size(1) == k.size(1) else general(q, k, v)
 
+    def for_dense(q: Tensor, k: Tensor, v: Tensor) -> Callable[..., Any]:
+        return one_length if q.size(1) == k.size(1) else general
+
+    setattr(call, "for_dense", for_dense)  # noqa: B010 - functions have no such attribute for mypy
     return call
 
 
