@@ -48,8 +48,8 @@ class Erratum:
     def matches(self, kernel: Kernel, request: Request, device: Device) -> bool:
         """Whether the row speaks about this kernel, for this request, on this device."""
         return (
-            any(fnmatchcase(kernel.name, pattern) for pattern in self.kernels)
-            and (not self.platform or self.platform == device.platform)
+            (not self.platform or self.platform == device.platform)
+            and any(fnmatchcase(kernel.name, pattern) for pattern in self.kernels)
             and (not self.archs or any(fnmatchcase(device.arch.name, a) for a in self.archs))
             and self._bad_version()
             and all(self._meets(c, getattr(request, f), request) for f, c in self.when.items() if hasattr(request, f))

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import hal
+from hal import _plugins
 
 _numbers = itertools.count()
 
@@ -44,10 +45,10 @@ def install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callabl
     """
     seen = {"torch-hal"}
     modules: list[str] = []
-    every: Callable[..., Any] = importlib.metadata.entry_points
+    every = _plugins._entry_points
 
-    def mine(**params: Any) -> Any:
-        return [entry for entry in every(**params) if entry.dist is not None and entry.dist.name in seen]
+    def mine() -> list[importlib.metadata.EntryPoint]:
+        return [entry for entry in every() if entry.dist is not None and entry.dist.name in seen]
 
     def put(
         name: str, *, members: str = "", head: str = "", tail: str = "", distribution: str = "", version: str = "1.2"
@@ -68,7 +69,7 @@ def install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callabl
         hal.reset()
         return module
 
-    monkeypatch.setattr(importlib.metadata, "entry_points", mine)
+    monkeypatch.setattr(_plugins, "_entry_points", mine)
     hal.reset()
     yield put
     for module in modules:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -75,9 +76,10 @@ def test_the_names_of_built_in_plugins_are_taken(
     # requirement P8
     module = install(name, distribution="intruder")
     if alone:
-        every = importlib.metadata.entry_points(group=_plugins.GROUP)
-        theirs = [entry for entry in every if entry.dist is not None and entry.dist.name == "intruder"]
-        monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: theirs)
+        theirs = [
+            entry for entry in _plugins._entry_points() if entry.dist is not None and entry.dist.name == "intruder"
+        ]
+        monkeypatch.setattr(_plugins, "_entry_points", lambda: theirs)
     with pytest.raises(PluginError, match="intruder") as caught:
         hal.devices()
     assert f"{name!r} of intruder is reserved" in str(caught.value) or not alone
@@ -188,3 +190,24 @@ def test_an_entry_point_that_names_something_else_is_left_out(
     install("acme", **source)
     assert status("acme").status == "failed"
     assert text in status("acme").error
+
+
+def test_entry_points_are_those_that_python_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # requirement X9
+    for folder, name, text in (
+        ("first", "acme-hal", "[hal.platforms]\nacme = new:Plugin\n"),
+        ("first", "plain", "[console_scripts]\nplain = plain:main\n"),
+        ("second", "acme-hal", "[hal.platforms]\nacme = old:Plugin\n"),
+        ("second", "plain", "[hal.platforms]\nplain = old:Plugin\n"),
+    ):
+        info = tmp_path / folder / f"{name.replace('-', '_')}-1.0.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n\nName: no header\n")
+        (info / "entry_points.txt").write_text(text)
+    for folder in ("second", "first"):
+        monkeypatch.syspath_prepend(str(tmp_path / folder))
+    found = {(e.name, e.value, e.dist.name if e.dist else "") for e in _plugins._entry_points()}
+    python = importlib.metadata.entry_points(group=_plugins.GROUP)
+    assert found == {(e.name, e.value, e.dist.name if e.dist else "") for e in python}
+    assert ("acme", "new:Plugin", "acme-hal") in found
+    assert not [name for name, _, _ in found if name == "plain"]

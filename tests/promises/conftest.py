@@ -32,7 +32,7 @@ def block(*names):
 def forbid_entry_points():
     def refuse(**params):
         raise AssertionError("entry points were read")
-    importlib.metadata.entry_points = refuse
+    importlib.metadata.entry_points = importlib.metadata.distributions = refuse
 
 def others():
     """Top-level modules that are neither ours nor Python's."""
