@@ -48,9 +48,8 @@ class Loaded:
     """
 
     def __init__(self, found: list[Found], named: set[str], errata: Path | None) -> None:
-        self._left = sorted(
-            found, key=lambda plugin: plugin.name not in RESERVED
-        )  # what is built in has its names first
+        # a name that ours have is refused to others, and not the other way round
+        self._left = sorted(found, key=lambda plugin: plugin.name not in RESERVED)
         self._named = named
         self._errata = errata
         self._failed: list[PluginRecord] = []

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Known", "Same", "like", "never", "known_first"]
+__all__ = ["Known", "Same", "known_first", "like", "never"]
 
 Same = Callable[[Any, Any, Any], bool]
 Known = tuple[Same, Callable[[Any, Any, Any], Any]]
