@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -144,8 +145,9 @@ def _attention(decide: Any, traced: bool) -> Attention:
     decided = selection.request
     assert isinstance(decided, AttentionRequest)
     if check_needs_cache(decided):
-        wanted = _write_request(decided)
+        wanted = write_request(decided)
         write_selection, written = bind(lambda: _selection.select(wanted, device=selection.device))
+        _keep_receipt(write_selection)
         write = written["call"]
     debug = _settings.current()["debug_checks"]
     kind = Attention
@@ -154,7 +156,8 @@ def _attention(decide: Any, traced: bool) -> Attention:
     return kind(selection, made, write_selection, write, debug_checks=debug)
 
 
-def _write_request(request: AttentionRequest) -> KvCacheWriteRequest:
+def write_request(request: AttentionRequest) -> KvCacheWriteRequest:
+    """The cache write of a handle whose request was decided to be this one."""
     return KvCacheWriteRequest(
         num_kv_heads=request.num_kv_heads,
         head_dim=request.head_dim,
@@ -236,7 +239,7 @@ def _traceable(selection: Selection, fn: Any) -> Any:
 
 
 def _request(cls: type[Request], name: str, fields: Mapping[str, Any]) -> Request:
-    known = [f for f in cls.__dataclass_fields__ if not f.startswith("_")]
+    known = [f.name for f in dataclasses.fields(cls)]
     for field in fields:
         if field not in known:
             raise TypeError(
@@ -259,7 +262,7 @@ def _keep_receipt(selection: Selection) -> None:
 
 
 def receipts() -> tuple[dict[str, Any], ...]:
-    """The receipts of every handle made in this process, for :func:`hal.write_lock` and rank checks."""
+    """The receipts of every handle made in this process, cache writes too, for :func:`hal.write_lock` and rank checks."""
     return tuple(selection.receipt() for selection in _decided.values())
 
 

@@ -219,19 +219,25 @@ def _make(request: MlaAttentionRequest, device: Device, kernel: Any) -> MlaAtten
     _front._keep_receipt(selection)
     decided = selection.request
     assert isinstance(decided, MlaAttentionRequest)
-    wanted = KvCacheWriteRequest(
-        num_kv_heads=1,
-        head_dim=decided.kv_lora_rank,
-        v_head_dim=decided.qk_rope_head_dim,
-        dtype=decided.dtype,
-        kv_dtype=decided.kv_dtype,
-        page_size=int(decided.page_size),
-        kv_layout="NHD",
-        graph=decided.graph,
-        deterministic=decided.deterministic,
-    )
+    wanted = write_request(decided)
     write_selection, written = bind(lambda: _selection.select(wanted, device=device))
+    _front._keep_receipt(write_selection)
     expanded = decided.expanded()
     prefill = _front._attention(lambda: _selection.select(expanded, device=device), False)
     debug = _settings.current()["debug_checks"]
     return MlaAttention(selection, made, write_selection, written["call"], prefill, debug_checks=debug)
+
+
+def write_request(request: MlaAttentionRequest) -> KvCacheWriteRequest:
+    """The cache write of a handle whose request was decided to be this one."""
+    return KvCacheWriteRequest(
+        num_kv_heads=1,
+        head_dim=request.kv_lora_rank,
+        v_head_dim=request.qk_rope_head_dim,
+        dtype=request.dtype,
+        kv_dtype=request.kv_dtype,
+        page_size=int(request.page_size),
+        kv_layout="NHD",
+        graph=request.graph,
+        deterministic=request.deterministic,
+    )

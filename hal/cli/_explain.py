@@ -83,9 +83,10 @@ def _text(selection: Any) -> str:
 
 def _keep(path: Path, selection: Any, *, quiet: bool) -> None:
     from hal._lock import read_lock, write_lock
+    from hal.cli._lock import with_write
 
     kept = read_lock(path) if path.exists() else ()
-    write_lock(path, [*kept, selection.receipt()])
+    write_lock(path, [*kept, *(decision.receipt() for decision in with_write(selection) if decision.complete)])
     if not quiet:
         line(f"locked    the decision is in {path}; HAL_LOCK={path} repeats it or fails", indent=0)
 

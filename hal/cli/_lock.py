@@ -10,7 +10,7 @@ import click
 from hal.cli._machine import machine, machine_options
 from hal.cli._render import json_option, line, print_json
 
-__all__ = ["command"]
+__all__ = ["command", "with_write"]
 
 
 @click.command("lock")
@@ -21,9 +21,9 @@ __all__ = ["command"]
 def command(ctx: click.Context, file: Path, device: str | None, libraries: tuple[str, ...], as_json: bool) -> None:
     """Write what this machine decides for well-known models to FILE.
 
-    HAL_LOCK=FILE then repeats these decisions, or fails. `hal explain ... --lock FILE` adds a decision of your own, and
-    `hal diff` compares two files. A lock file that HAL_LOCK names plays no part here. Exits with 1 if a model cannot be
-    served; the others are written all the same.
+    HAL_LOCK=FILE then repeats these decisions, those about cache writes included, or fails. `hal explain ... --lock FILE`
+    adds a decision of your own, and `hal diff` compares two files. A lock file that HAL_LOCK names plays no part here.
+    Exits with 1 if a model cannot be served; the others are written all the same.
     """
     from hal import override, write_lock
 
@@ -50,9 +50,28 @@ def _receipts(device: Any) -> tuple[list[dict[str, Any]], list[str]]:
     for model in MODELS:
         for cache, requests in requests_for(model, device).items():
             for kind, selection in zip(requests, select_model(requests, device), strict=True):
-                if selection.complete:
-                    receipts[selection.asked.digest()] = selection.receipt()
-                else:
-                    lacking = ", ".join(p for p, name in selection.kernels().items() if name is None)
-                    refused.append(f"{model.name} {kind} {cache}: no kernel for {lacking}")
+                for decision in with_write(selection):
+                    lacking = ", ".join(p for p, name in decision.kernels().items() if name is None)
+                    if lacking:
+                        refused.append(f"{model.name} {kind} {cache}: no kernel for {decision.op.name} {lacking}")
+                    else:
+                        receipts[decision.asked.digest()] = decision.receipt()
     return list(receipts.values()), refused
+
+
+def with_write(selection: Any) -> tuple[Any, ...]:
+    """A decision, and that about the cache write which a handle would make of it, if it has a cache."""
+    from hal import _attention, _front, _mla, _selection
+    from hal_ops.attention import AttentionRequest
+    from hal_ops.mla_attention import MlaAttentionRequest
+
+    request = selection.request
+    if not selection.complete:
+        return (selection,)
+    if isinstance(request, MlaAttentionRequest):
+        wanted = _mla.write_request(request)
+    elif isinstance(request, AttentionRequest) and _attention.check_needs_cache(request):
+        wanted = _front.write_request(request)
+    else:
+        return (selection,)
+    return selection, _selection.select(wanted, device=selection.device)

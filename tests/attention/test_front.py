@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -220,6 +221,23 @@ def test_a_handle_explains_itself() -> None:  # requirement X19
         assert part in text
     assert handle.kernels()["write"] == "torch.kv_cache_write"
     assert handle.receipt() in hal.receipts()
+
+
+def test_receipts_and_locks_cover_the_cache_write(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    hal.reset()
+    monkeypatch.setenv("HAL_OP_KV_CACHE_WRITE", "reference")
+    assert hal.get_attention(**SMALL).kernels()["write"] == "reference.kv_cache_write"
+    kept = {r["op"]: r["kernels"] for r in hal.receipts()}
+    assert kept["kv_cache_write"]["call"]["kernel"] == "reference.kv_cache_write"
+    hal.write_lock(tmp_path / "hal.lock", hal.receipts())
+    mine = hal.receipts()
+    monkeypatch.delenv("HAL_OP_KV_CACHE_WRITE")
+    hal.reset()
+    hal.get_attention(**SMALL)
+    with pytest.raises(hal.errors.RankMismatchError, match=r"reference\.kv_cache_write -> torch\.kv_cache_write"):
+        hal.assert_same_decisions(hal.receipts(), lambda other: [{r["request_digest"]: r for r in mine}, other])
+    monkeypatch.setenv("HAL_LOCK", str(tmp_path / "hal.lock"))
+    assert hal.get_attention(**SMALL).kernels()["write"] == "reference.kv_cache_write"
 
 
 def test_ragged_bounds_change_nothing() -> None:  # requirement D3

@@ -145,6 +145,7 @@ def test_equal_requests_give_one_handle_that_explains_itself() -> None:
         assert name in handle.explain()
     assert handle.receipt()["op"] == "mla_attention"
     assert handle.receipt() in hal.receipts()
+    assert handle._write_selection.receipt() in hal.receipts()
     assert "torch_cpu.mla_decode" in repr(handle)
     assert callable(handle.implementation("decode"))
     with pytest.raises(InputError, match="not for 'prefill'"):

@@ -24,10 +24,25 @@ def test_locks_every_model(hal_cli, hal_json, tmp_path: Path) -> None:
     wanted = {
         r.digest() for m in MODELS for requests in requests_for(m, hal.device()).values() for r in requests.values()
     }
-    assert {row["request_digest"] for row in read_lock(file)} == wanted
-    assert len(facts["decisions"]) == len(wanted)
+    attends = [row for row in read_lock(file) if row["op"] != "kv_cache_write"]
+    assert {row["request_digest"] for row in attends} == wanted
+    assert len({row["request_digest"] for row in facts["decisions"]}) == len(facts["decisions"])
     assert facts["refused"] == []
     assert f"HAL_LOCK={file}" in hal_cli("lock", str(file)).stdout
+
+
+def test_cache_writes_are_locked_too(hal_json, locked: Path, tmp_path: Path, llama_options) -> None:
+    own = tmp_path / "own.lock"
+    hal_json("explain", "attention", *llama_options, "--device", "cpu", "--lock", str(own))
+    pages = next(r["fields"]["page_size"] for r in read_lock(own) if r["op"] == "attention")
+    for file in (locked, own):
+        assert (8, 128, 128, pages) in writes(file)
+    assert any(dims[:3] == (1, 512, 64) for dims in writes(locked))  # DeepSeek's latents
+
+
+def writes(file: Path) -> list[tuple[int, ...]]:
+    names = ("num_kv_heads", "head_dim", "v_head_dim", "page_size")
+    return [tuple(r["request"][n] for n in names) for r in read_lock(file) if r["op"] == "kv_cache_write"]
 
 
 def test_a_locked_decision_is_repeated(hal_cli, hal_json, locked: Path, monkeypatch, llama_options) -> None:
@@ -51,7 +66,8 @@ def test_what_cannot_be_served_is_named_and_the_rest_is_written(hal_cli, hal_jso
     file = tmp_path / "hal.lock"
     facts = hal_json("lock", str(file), "--device", "cpu", code=1)
     # MiniLM and DeepSeek's prompts, which do not decode, and its latents, which another op attends to.
-    assert sorted(row["op"] for row in facts["decisions"]) == ["attention", "attention", "mla_attention"]
+    ops = ["attention", "attention", "kv_cache_write", "mla_attention"]
+    assert sorted(row["op"] for row in facts["decisions"]) == ops
     assert any("Llama-3-8B" in text and "decode" in text for text in facts["refused"])
     assert "Llama-3-8B" in hal_cli("lock", str(file), "--device", "cpu").stdout
 

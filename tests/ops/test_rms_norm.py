@@ -97,6 +97,8 @@ def test_it_is_bound_like_any_op() -> None:
     assert norm(torch.randn(2, 3, 32).bfloat16(), torch.ones(32).bfloat16()).shape == (2, 3, 32)
     with pytest.raises(TypeError, match="no field 'epsilon'"):
         hal.get_op("rms_norm", hidden_size=32, epsilon=1e-5)
+    with pytest.raises(TypeError, match=r"has no field 'op'.* Fields: hidden_size, dtype, "):
+        hal.get_op("rms_norm", hidden_size=32, op="rms_norm")
 
 
 def test_no_gradient_lands_on_a_kernel_without_backward() -> None:
