@@ -7,6 +7,7 @@ A window of W counts W keys, the query's own included, as these configurations d
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,7 +42,12 @@ def _heads(q: int, kv: int, dim: int, **features: Any) -> dict[str, Any]:
     return {"num_q_heads": q, "num_kv_heads": kv, "head_dim": dim, **features}
 
 
-_DEEPSEEK = "config.json of deepseek-ai/DeepSeek-V3; prompts are attended to with a key and a value a head"
+_DEEPSEEK = (
+    "config.json of deepseek-ai/DeepSeek-V3, and MLA.__init__ in inference/model.py of its repository for the scale: "
+    "rope_scaling has factor 40 and mscale_all_dim 1; prompts are attended to with a key and a value a head"
+)
+_YARN = 0.1 * math.log(40) + 1
+_LATENT = {"num_q_heads": 128, "softmax_scale": 192**-0.5 * _YARN**2}
 
 MODELS = (
     Model("Llama-3-8B", "config.json of meta-llama/Meta-Llama-3-8B", _heads(32, 8, 128)),
@@ -71,8 +77,12 @@ MODELS = (
         "config.json of sentence-transformers/all-MiniLM-L6-v2",
         _heads(12, 12, 32, causal=False, phases=("prefill",)),
     ),
-    Model("DeepSeek-V3", _DEEPSEEK, {"num_q_heads": 128}, request=MlaAttentionRequest),
-    Model("DeepSeek-V3 prompts", _DEEPSEEK, _heads(128, 128, 192, v_head_dim=128, phases=("prefill",))),
+    Model("DeepSeek-V3", _DEEPSEEK, _LATENT, request=MlaAttentionRequest),
+    Model(
+        "DeepSeek-V3 prompts",
+        _DEEPSEEK,
+        {**_heads(128, 128, 192), **_LATENT, "v_head_dim": 128, "phases": ("prefill",)},
+    ),
 )
 
 
