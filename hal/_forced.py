@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from hal._eligibility import Circumstances
 from hal._registry import Registry
-from hal.errors import UnknownKernelError
+from hal._settings import Settings
+from hal.errors import UnknownKernelError, UnknownOpError
 from hal_ops import Op, record
 
 if TYPE_CHECKING:
     from hal._lock import Locked
 
-__all__ = ["Forced", "forced_kernels"]
+__all__ = ["Forced", "forced_kernels", "wrong_names"]
 
 
 @record(frozen=True)
@@ -30,10 +31,10 @@ def forced_kernels(
     """Phase to what forces it, by precedence."""
     layers = [
         _from_argument(op, kernel),
-        _from_settings(op, around, "hal.override"),
+        _from_settings(op, around.settings, "hal.override"),
         {p: Forced(name, f"lock file {around.settings['lock']}") for p, name in (lock.kernels if lock else {}).items()},
-        _from_settings(op, around, "variable"),
-        _from_settings(op, around, "config file"),
+        _from_settings(op, around.settings, "variable"),
+        _from_settings(op, around.settings, "config file"),
     ]
     forced: dict[str, Forced] = {}
     for layer in reversed(layers):
@@ -70,11 +71,41 @@ def _from_argument(op: Op, kernel: Any) -> dict[str, Forced]:
     return {phase: Forced(str(name).strip().lower(), f"argument kernel={kernel!r}") for phase, name in pairs.items()}
 
 
-def _from_settings(op: Op, around: Circumstances, source: str) -> dict[str, Forced]:
+def _from_settings(op: Op, settings: Settings, source: str) -> dict[str, Forced]:
     keys = {f"op_{op.name}": "*", op.name: "*", **{f"{op.name}_{p}": p for p in op.phases}}
     found = {}
     for key, phase in keys.items():
-        value = around.settings.value(key)
+        value = settings.value(key)
         if value.value is not None and value.source.startswith(source):
             found[phase] = Forced(value.value, value.source)
     return found
+
+
+def wrong_names(settings: Settings, registry: Registry) -> list[str]:
+    """Every name that a setting forces or disables and that no kernel, library or op of that kind has, in words."""
+    wrong = [_no_op(key, settings, registry) for key in settings.op_keys()]
+    for op in registry.ops.values():
+        for source in ("hal.override", "variable", "config file"):
+            for phase, choice in _from_settings(op, settings, source).items():
+                wrong.append(_refusal(_check, choice, phase, op, op.phases, registry))
+    disabled = settings.value("disable")
+    wrong += [_refusal(registry.check_known, name, disabled.source) for name in disabled.value]
+    return [text for text in dict.fromkeys(wrong) if text]
+
+
+def _no_op(key: str, settings: Settings, registry: Registry) -> str:
+    text = _refusal(registry.op, key.removeprefix("op_"))
+    return text and f"{settings.value(key).source}: {text}"
+
+
+def _check(choice: Forced, phase: str, op: Op, phases: tuple[str, ...], registry: Registry) -> None:
+    registry.check_name(choice.name, op.name, choice.source)
+    _apply({}, choice, phase, op, phases, registry)
+
+
+def _refusal(ask: Callable[..., Any], *arguments: Any) -> str:
+    try:
+        ask(*arguments)
+    except (UnknownKernelError, UnknownOpError) as error:
+        return str(error)
+    return ""

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from hal.cli._render import json_option, line, print_json, table
-from hal.errors import SettingError
+from hal.errors import HalError, SettingError
 
 __all__ = ["audit", "command"]
 
@@ -51,7 +51,17 @@ def audit() -> tuple[list[dict[str, Any]], list[str]]:
         value = values.get(setting.key) or _settings.Value(setting.default, "default")
         rows.append({"name": setting.name, "value": _plain(value.value), "source": value.source})
         rows[-1].update(default=_plain(setting.default), help=setting.help, values=setting.values)
-    return rows, errors
+    return rows, errors or _wrong_names()
+
+
+def _wrong_names() -> list[str]:
+    """Names of kernels, libraries and ops that nothing has; looked up once everything else is right."""
+    from hal import _forced, _plugins, _settings
+
+    try:
+        return _forced.wrong_names(_settings.current(), _plugins.registry())
+    except HalError as error:
+        return [str(error)]
 
 
 def _config_values() -> tuple[dict[str, Any], list[str]]:

@@ -12,6 +12,7 @@ from typing import Any
 from hal import __version__, _devices, _plugins, _selection, _settings
 from hal._device import Device
 from hal._eligibility import Circumstances, why_not
+from hal._forced import wrong_names
 from hal._kernel import Band, Kernel
 from hal._ledger import Ledger, Row, identity
 from hal._libraries import installed, torch_build
@@ -30,7 +31,7 @@ def report(device: Device, trouble: Sequence[str] = ()) -> dict[str, Any]:
     registry, settings = _plugins.registry(), _settings.current()
     ledger = Ledger(settings.cache_dir() / "ledger.json")
     around = Circumstances(device, registry, settings, ledger)
-    problems = [*trouble, *_machine_problems()]
+    problems = [*trouble, *_machine_problems(), *wrong_names(settings, registry)]
     libraries = _or_problem(lambda: _libraries(around), [], problems)
     decided = [] if device.unusable else decisions(device, problems)
     return {

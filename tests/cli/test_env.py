@@ -53,6 +53,32 @@ def test_unknown_names_and_values_are_shown_with_the_table_and_exit_1(hal_cli, h
     assert len(facts["settings"]) == len(SETTINGS)
 
 
+WRONG_NAMES = {
+    "HAL_OP_RMS_NORM": ("torch.rms_nrm", "Did you mean 'torch.rms_norm'"),
+    "HAL_OP_RMS_NRM": ("torch", "Did you mean 'rms_norm'"),
+    "HAL_ATTENTION": ("torch_cpy", "Did you mean 'torch_cpu'"),
+    "HAL_ATTENTION_DECODE": ("torch_cpu.prefill", "it is a kernel of prefill"),
+    "HAL_DISABLE": ("triton, tritn", "Did you mean 'triton'"),
+}
+
+
+def test_names_that_nothing_has_are_wrong_values(hal_cli, hal_json, monkeypatch, tmp_path: Path) -> None:
+    # requirement X3
+    for name, (value, _) in WRONG_NAMES.items():
+        monkeypatch.setenv(name, value)
+    for facts in (hal_json("env", code=1)["errors"], hal_json("doctor", "--device", "cpu", code=1)["problems"]):
+        for name, (_, near) in WRONG_NAMES.items():
+            assert any(f"variable {name}" in text and near in text for text in facts), name
+    assert hal_cli("env").stdout.count("wrong: ") == len(WRONG_NAMES)
+    for name in WRONG_NAMES:
+        monkeypatch.delenv(name)
+    config = tmp_path / "hal.toml"
+    config.write_text('op_rms_norm = "torch.rms_nrm"\nattention = "torch_cpu"\n')
+    monkeypatch.setenv("HAL_CONFIG", str(config))
+    (error,) = hal_json("env", code=1)["errors"]
+    assert f"config file {config} asks for 'torch.rms_nrm'" in error
+
+
 def test_a_damaged_config_file_is_shown_too(hal_cli, monkeypatch, tmp_path: Path) -> None:
     config = tmp_path / "hal.toml"
     config.write_text("strict = ")
