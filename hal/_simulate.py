@@ -7,8 +7,8 @@ Grammar of ``HAL_DEVICES`` and of ``hal.simulate(devices=...)``::
     key      = "runtime" (or the platform's own name for it: cuda, hip, ...) | "driver" | "memory" | "name"
              | "multiprocessors" | "uuid" | "capabilities"
 
-``memory`` is bytes, or a number with KiB, MiB, GiB or TiB; ``capabilities`` is a list joined by ``+`` that replaces the
-arch's own. Example: ``nvidia:sm_90,cuda=12.8,driver=570.86,memory=80GiB*8``.
+Each key is given once. ``memory`` is a number with its unit, KiB, MiB, GiB or TiB; ``capabilities`` is a list joined by
+``+`` that replaces the arch's own. Example: ``nvidia:sm_90,cuda=12.8,driver=570.86,memory=80GiB*8``.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from hal._device import Device
-from hal._libraries import simulated_libraries
+from hal._libraries import normalize, simulated_libraries
 from hal._platform import Platform
 from hal._registry import Registry
 from hal._version import Version
@@ -31,9 +32,10 @@ from hal_ops import record
 
 __all__ = ["parse_devices", "simulate"]
 
-_UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
+_UNITS = {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 # patterns as text: most processes never match them, so nothing is compiled at import
 _MEMORY = r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\Z"
+_VERSION = r"v?\d[\w.+-]*"
 _COUNT = r"\*\s*(\d+)\s*\Z"
 _KEYS = ("runtime", "driver", "memory", "name", "multiprocessors", "uuid", "capabilities")
 
@@ -92,8 +94,20 @@ def _device(piece: _Piece, source: str, registry: Registry) -> tuple[Device, int
         driver=Version.unknown("not given to the simulation"),
         simulated=True,
     )
-    changes = dict(_pair(pair, source, platform) for pair in pairs)
-    return dataclasses.replace(platform.simulate(given), **changes), count
+    return dataclasses.replace(platform.simulate(given), **_changes(pairs, source, platform)), count
+
+
+def _changes(pairs: Iterable[_Piece], source: str, platform: Platform) -> dict[str, Any]:
+    changes: dict[str, Any] = {}
+    words: dict[str, str] = {}
+    for piece in pairs:
+        key, value = _pair(piece, source, platform)
+        word = piece.text.partition("=")[0].strip()
+        if key in changes:
+            text = f"{word!r} is given a second time" + f", after {words[key]!r}" * (word != words[key])
+            raise SimulationError(text, source=source, position=piece.at)
+        changes[key], words[key] = value, word
+    return changes
 
 
 def _head(piece: _Piece, source: str, registry: Registry) -> tuple[Platform, Any]:
@@ -115,40 +129,54 @@ def _head(piece: _Piece, source: str, registry: Registry) -> tuple[Platform, Any
 
 
 def _pair(piece: _Piece, source: str, platform: Platform) -> tuple[str, Any]:
-    key, equals, value = (part.strip() for part in piece.text.partition("="))
-    key = "runtime" if key.lower() == platform.runtime_name else key.lower()
+    word, _, value = (part.strip() for part in piece.text.partition("="))
+    key = "runtime" if word.lower() == platform.runtime_name else word.lower()
     if key not in _KEYS:
-        near = did_you_mean(key, (*_KEYS, platform.runtime_name))
-        raise SimulationError(f"unknown key {key!r}.{near} Known: {', '.join(_KEYS)}", source=source, position=piece.at)
-    at = piece.at + piece.text.find("=") + 1 if equals else piece.at + len(piece.text)
+        known = tuple(dict.fromkeys((platform.runtime_name, *_KEYS)))
+        text = f"unknown key {word!r}.{did_you_mean(word, known)} Known: {', '.join(known)}"
+        raise SimulationError(text, source=source, position=piece.at)
     if not value:
-        raise SimulationError(f"{key!r} needs a value: {key}=...", source=source, position=min(at, len(source)))
+        raise SimulationError(f"{word!r} needs a value: {word}=...", source=source, position=piece.at + len(piece.text))
+    at = piece.at + len(piece.text) - len(value)
+    if key in ("runtime", "driver"):
+        return key, _version(_Piece(value, at), source)
     try:
         return key, _value(key, value)
     except ValueError as error:
         raise SimulationError(str(error), source=source, position=at) from None
 
 
+def _version(piece: _Piece, source: str) -> Version:
+    """A version, and nothing after it: what would be read over is a device or a count that went astray."""
+    match = re.match(_VERSION, piece.text)
+    if match is None:
+        text = f"{piece.text!r} is no version: {Version.parse(piece.text).reason}"
+        raise SimulationError(text, source=source, position=piece.at)
+    if match.end() < len(piece.text):
+        then = "',' and a key, '*' and a count, or ';' and a device"
+        text = f"{piece.text!r} is no version: after {match[0]!r} may come {then}"
+        raise SimulationError(text, source=source, position=piece.at + match.end())
+    return Version.parse(piece.text)
+
+
 def _value(key: str, value: str) -> Any:
-    if key in ("runtime", "driver"):
-        version = Version.parse(value)
-        if not version.known:
-            raise ValueError(f"{value!r} is no version: {version.reason}")
-        return version
     if key == "memory":
         return _bytes(value)
     if key == "multiprocessors":
-        if not value.isdigit():
-            raise ValueError(f"{value!r} is no whole number")
+        if not value.isdecimal() or not int(value):
+            raise ValueError(f"{value!r} is no whole number from 1")
         return int(value)
-    return frozenset(value.split("+")) if key == "capabilities" else value
+    if key == "capabilities" and not all(part.strip() for part in value.split("+")):
+        raise ValueError(f"{value!r} is no list of capabilities: join names by '+'")
+    return frozenset(part.strip() for part in value.split("+")) if key == "capabilities" else value
 
 
 def _bytes(text: str) -> int:
     match = re.match(_MEMORY, text)
-    if match is None or match[2].lower() not in _UNITS:
-        raise ValueError(f"{text!r} is no amount of memory: give bytes, or a number with KiB, MiB, GiB or TiB")
-    return int(float(match[1]) * _UNITS[match[2].lower()])
+    amount = 0 if match is None else int(float(match[1]) * _UNITS.get(match[2].lower(), 0))
+    if not amount:
+        raise ValueError(f"{text!r} is no amount of memory: give a number with its unit, KiB, MiB, GiB or TiB")
+    return amount
 
 
 @contextlib.contextmanager
@@ -162,8 +190,11 @@ def simulate(
     holds again.
 
     Raises:
-        SimulationError: at the first use of the devices, when the text does not parse.
+        SimulationError: a library that no kernel here looks for, with the nearest; or, at the first use of the devices, a
+            text that does not parse.
     """
+    if libraries:
+        _check_libraries(libraries)
     value = devices if devices is None or isinstance(devices, str) else tuple(devices)
     token = _devices.set(_devices.get() if value is None else value)
     try:
@@ -171,6 +202,34 @@ def simulate(
             yield
     finally:
         _devices.reset(token)
+
+
+def _check_libraries(names: Iterable[str]) -> None:
+    from hal import _plugins
+
+    known = known_libraries(_plugins.registry())
+    for name in names:
+        if normalize(name) not in known:
+            raise SimulationError(unknown_library(name, known))
+
+
+def unknown_library(name: str, known: Mapping[str, str]) -> str:
+    """That no kernel looks for a library of this name, and the nearest; ``known`` is of :func:`known_libraries`."""
+    listed = ", ".join(sorted(set(known.values())))
+    return f"no kernel here looks for a library called {name!r}.{did_you_mean(name, known)} Known: {listed}"
+
+
+@functools.lru_cache(maxsize=4)
+def known_libraries(registry: Registry) -> dict[str, str]:
+    """Normal form of every name that a library goes by, to the distribution to suppose installed."""
+    named = [(lib.name, lib.names()) for lib in registry.libraries.values()]
+    named += [(needs.library, needs.names()) for kernel in registry.kernels.values() for needs in kernel.needs]
+    named += [(e.library, (e.library,)) for e in registry.errata if e.library]
+    known = {normalize(name): name for name in ("torch", "triton")}
+    for name, distributions in named:
+        known.setdefault(normalize(name), distributions[0])
+    known.update({normalize(d): d for _, distributions in named for d in distributions})
+    return known
 
 
 def simulated() -> str | tuple[Device, ...] | None:

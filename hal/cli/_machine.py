@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from hal.errors import DeviceError, SimulationError, did_you_mean
+from hal.errors import DeviceError, SimulationError
 
 __all__ = ["machine", "machine_options"]
 
@@ -86,38 +86,19 @@ def _is_arch(platform: Any, text: str) -> bool:
 
 def _supposed(libraries: Sequence[str]) -> dict[str, str] | None:
     """The libraries to simulate, or None for those that are installed."""
+    from hal import _plugins
     from hal._libraries import installed, normalize
+    from hal._simulate import known_libraries, unknown_library
 
     if not libraries:
         return None
-    known = _known_libraries()
+    known = known_libraries(_plugins.registry())
     found = {name: str(installed(name)) for name in _KEPT if installed(name) is not None}
     for text in libraries:
         name, equals, version = (part.strip() for part in text.partition("=="))
         if not (name and equals and version):
             raise click.BadParameter(f"{text!r}: write name==version", param_hint="'--library'")
         if normalize(name) not in known:
-            raise click.BadParameter(_unknown_library(name, known), param_hint="'--library'")
+            raise click.BadParameter(unknown_library(name, known), param_hint="'--library'")
         found[known[normalize(name)]] = version
     return found
-
-
-def _unknown_library(name: str, known: dict[str, str]) -> str:
-    listed = ", ".join(sorted(set(known.values())))
-    return f"no kernel here looks for a library called {name!r}.{did_you_mean(name, known)} Known: {listed}"
-
-
-def _known_libraries() -> dict[str, str]:
-    """Normal form of every name that a library goes by, to the distribution to suppose installed."""
-    from hal import _plugins
-    from hal._libraries import normalize
-
-    registry = _plugins.registry()
-    named = [(lib.name, lib.names()) for lib in registry.libraries.values()]
-    named += [(needs.library, needs.names()) for kernel in registry.kernels.values() for needs in kernel.needs]
-    named += [(e.library, (e.library,)) for e in registry.errata if e.library]
-    known = {normalize(name): name for name in _KEPT}
-    for name, distributions in named:
-        known.setdefault(normalize(name), distributions[0])
-    known.update({normalize(d): d for _, distributions in named for d in distributions})
-    return known

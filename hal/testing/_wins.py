@@ -9,10 +9,9 @@ from fnmatch import fnmatchcase
 from hal._device import Device
 from hal._devices import devices
 from hal._kernel import Archs, Band, Kernel, Needs
-from hal._libraries import installed
+from hal._libraries import installed, simulated_libraries
 from hal._platform import Platform
 from hal._registry import Registry
-from hal._simulate import simulate
 from hal._version import Version
 from hal.testing._corners import corners
 from hal.testing._matrix import selected
@@ -42,7 +41,7 @@ def wins(plugin: Plugin, homes: Sequence[str | Device] = ()) -> Finding:
 
 
 def _wins_on(kernel: Kernel, home: str | Device, registry: Registry) -> bool:
-    with simulate(libraries=_libraries(kernel)):
+    with simulated_libraries(_libraries(kernel)):
         for request in corners(kernel, op=registry.op(kernel.op)):
             selection = selected(home, request)
             if kernel.name in selection.kernels().values():
@@ -53,7 +52,7 @@ def _wins_on(kernel: Kernel, home: str | Device, registry: Registry) -> bool:
 def _why(kernel: Kernel, home: str | Device, plugin: Plugin) -> str:
     """What stands in the way of the kernel's plainest corner."""
     registry = plugin.registry()
-    with simulate(libraries=_libraries(kernel)):
+    with simulated_libraries(_libraries(kernel)):
         selection = selected(home, corners(kernel, op=registry.op(kernel.op), limit=1)[0])
     choice = selection.choices[kernel.phase]
     mine = next((c for c in choice.candidates if c.kernel.name == kernel.name), None)

@@ -61,6 +61,16 @@ def test_the_variable_does_the_same(fake_platform: Any, monkeypatch: pytest.Monk
         ("fake:f10;fake:f20,cuda=1", 18, "unknown key 'cuda'"),
         ("fake:f10*0", 9, "give 1 to 4096"),
         ("fake:f10*99999", 9, "give 1 to 4096"),
+        ("fake:f10,frt=12.8*2 fake:f20", 17, "after '12.8' may come"),
+        ("fake:f10,frt=12.8 fake:f20", 17, "after '12.8' may come"),
+        ("fake:f10,frt=12.8,frt=12.9", 18, "'frt' is given a second time"),
+        ("fake:f10,runtime=12.8, FRT = 12.9", 23, "'FRT' is given a second time, after 'runtime'"),
+        ("fake:f10,frt=", 13, "'frt' needs a value: frt="),
+        ("fake:f10,frtt=1", 9, "unknown key 'frtt'. Did you mean 'frt'. Known: frt, runtime"),
+        ("fake:f10,memory=80", 16, "a number with its unit"),
+        ("fake:f10,memory=0GiB", 16, "a number with its unit"),
+        ("fake:f10,multiprocessors=0", 25, "no whole number from 1"),
+        ("fake:f10,capabilities=a++b", 22, "join names by"),
     ],
 )
 def test_errors_point_at_the_character(fake_platform: Any, text: str, position: int, message: str) -> None:
@@ -82,6 +92,12 @@ def test_libraries_replace_what_is_installed() -> None:
             assert _libraries.installed("flash-attn-3") is None
         assert _libraries.installed("flash-attn-3") is not None
     assert _libraries.installed("pytest") is not None
+
+
+def test_a_library_that_no_kernel_looks_for_is_refused() -> None:
+    with pytest.raises(SimulationError, match=r"'flsh-attn'\. Did you mean 'flash-attn'"):  # noqa: SIM117
+        with hal.simulate(libraries={"torch": "2.11.0", "flsh-attn": "2.8.3"}):
+            pass
 
 
 def test_the_outer_state_holds_again_after_an_exception(fake_platform: Any) -> None:  # requirement C8
