@@ -86,7 +86,7 @@ def _kernel(phase: str, fields: Mapping[str, Constraint], copies: str = "") -> K
         platforms={"cpu": Archs()},
         needs=(_TORCH,),
         fields=fields,
-        evidence={"*": "run"},
+        evidence={"x86_64": "run", "*": "claimed"},
         note="torch scaled_dot_product_attention",
         copies=copies,
     )

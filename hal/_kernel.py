@@ -16,7 +16,10 @@ from hal._reason import Reason
 from hal.errors import RegistrationError, did_you_mean
 from hal_ops import Op, Request, record
 
-__all__ = ["Archs", "Band", "Kernel", "Needs"]
+__all__ = ["Archs", "Band", "EVIDENCE", "Kernel", "Needs"]
+
+EVIDENCE = ("run", "emulated", "compiled", "claimed")
+"""How it is known that a kernel does what it declares, the strongest first."""
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*\.[a-z][a-z0-9_]*\Z")
 
@@ -86,6 +89,13 @@ class Archs:
             return "arch_not_listed"
         return "arch_too_low" if arch < least else ""
 
+    def include(self, name: str, parse: Callable[[str], Arch]) -> bool:
+        """Whether ``name`` is an arch of the platform whose parser this is, and one of these."""
+        try:
+            return not self.refusal(parse(name), parse)
+        except ValueError:
+            return False
+
 
 @record(frozen=True, kw_only=True)
 class Kernel:
@@ -104,8 +114,10 @@ class Kernel:
             refused unless it is neutral.
         check: for what data cannot say: ``(request, device) -> reasons``; ``device`` is of one of ``platforms``.
         built_archs: archs that the installed binary was built for, where that can be known.
-        copies: tensors that the adapter has to copy, in words; shown by ``explain()``.
-        evidence: arch name to ``"run"``, ``"emulated"``, ``"compiled"`` or ``"claimed"``.
+        copies: tensors that the adapter has to copy, in words; shown by ``explain()``. copies_with: request field to those
+            that it copies besides, where a request turns the field on (:meth:`hal_ops.Request.turns_on`).
+        evidence: arch name to ``"run"``, ``"emulated"``, ``"compiled"`` or ``"claimed"``; ``"*"`` is every other arch.
+            evidence_with: request field to the word where a request turns it on; the weaker word counts.
         note: a few words for people.
     """
 
@@ -124,7 +136,9 @@ class Kernel:
     check: Callable[[Request, Device], Sequence[Reason]] | None = None
     built_archs: Callable[[], frozenset[str] | None] | None = None
     copies: str = ""
+    copies_with: Mapping[str, str] = dataclasses.field(default_factory=dict)
     evidence: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    evidence_with: Mapping[str, str] = dataclasses.field(default_factory=dict)
     note: str = ""
 
     def __hash__(self) -> int:
@@ -148,9 +162,20 @@ class Kernel:
         """Whether a user's ``name`` (of a kernel or of a library) means this kernel."""
         return name in (self.name, self.library)
 
-    def evidence_for(self, device: Device) -> str:
-        """The strongest word that the declaration may use about this device's arch."""
-        return self.evidence.get(device.arch.name, self.evidence.get("*", "claimed"))
+    def evidence_for(self, arch: str, request: Request | None = None) -> str:
+        """The word for what a request asks for on an arch; without a request, for the plainest."""
+        words = [self.evidence.get(arch, self.evidence.get("*", "claimed"))]
+        if request is not None:
+            words += self._turned_on(self.evidence_with, request)
+        return max(words, key=EVIDENCE.index)
+
+    def copies_for(self, request: Request) -> str:
+        """The tensors that are copied for a request, in words."""
+        return "; ".join([*self._turned_on(self.copies_with, request), *([self.copies] if self.copies else [])])
+
+    def _turned_on(self, texts: Mapping[str, str], request: Request) -> list[str]:
+        rules = request.rules()
+        return [text for name, text in texts.items() if rules[name].applies(self.phase) and request.turns_on(name)]
 
     def validate(self, op: Op) -> None:
         """Check the declaration against the op's contract.
@@ -158,7 +183,7 @@ class Kernel:
         Raises:
             RegistrationError: naming every fault.
         """
-        faults = [*self._faults(), *self._field_faults(op)]
+        faults = [*self._faults(), *self._field_faults(op), *self._evidence_faults(op)]
         if self.phase not in op.phases:
             faults.append(f"phase {self.phase!r} is not one of {', '.join(op.phases)}")
         if faults:
@@ -178,6 +203,20 @@ class Kernel:
             faults.append(f"target {self.target!r} must be 'module:factory'")
         if isinstance(self.capabilities, str):
             faults.append("capabilities must be a set of names, not a string")
+        return faults
+
+    def _evidence_faults(self, op: Op) -> list[str]:
+        rules = op.request.rules()
+        words = {*self.evidence.values(), *self.evidence_with.values()}
+        faults = [f"evidence {word!r} is not one of {', '.join(EVIDENCE)}" for word in sorted(words - {*EVIDENCE})]
+        # Archs from a minimum on, or all of a platform's, are not told from another vendor's by name: Registry asks.
+        if self.platforms and all(archs.only for archs in self.platforms.values()):
+            patterns = [pattern for archs in self.platforms.values() for pattern in archs.only]
+            strange = [a for a in self.evidence if a != "*" and not any(fnmatchcase(a, p) for p in patterns)]
+            faults += [f"evidence for {arch}, which its platforms do not admit" for arch in strange]
+        for name in dict.fromkeys((*self.evidence_with, *self.copies_with)):
+            if name not in rules or (rules[name].required and rules[name].plain is None):
+                faults.append(f"evidence_with or copies_with names {name!r}, which is no field that turns a feature on")
         return faults
 
     def _field_faults(self, op: Op) -> list[str]:

@@ -161,6 +161,16 @@ class Registry:
                     self.platforms[name].parse_arch(archs.at_least)
                 except ValueError as error:
                     raise RegistrationError(f"kernel {kernel.name!r}: {error}", name=kernel.name) from error
+        if (
+            all(archs.only for archs in kernel.platforms.values())
+            or not kernel.platforms.keys() <= self.platforms.keys()
+        ):
+            return  # judged by name alone, or not to be judged here
+        parsers = {name: self.platforms[name].parse_arch for name in kernel.platforms}
+        for arch in kernel.evidence:
+            if arch != "*" and not any(archs.include(arch, parsers[name]) for name, archs in kernel.platforms.items()):
+                text = f"kernel {kernel.name!r}: evidence for {arch}, which its platforms do not admit"
+                raise RegistrationError(text, name=kernel.name)
 
     def copy(self) -> Registry:
         """A registry of its own with the same contents, to try a plugin on, or to load more into."""

@@ -288,10 +288,10 @@ def _candidate(
     status = "chosen" if chosen else "refused" if why else "eligible"
     row = around.ledger_row(kernel, request)
     time = None if times is None else times.get(kernel, request, around)
-    evidence = f"{row.status} here {row.date}" if row else kernel.evidence_for(around.device)
+    evidence = f"{row.status} here {row.date}" if row else kernel.evidence_for(around.device.arch.name, request)
     notes = [
         f"known to be slow: {e.summary} [{e.id}]" for e in errata_for(kernel, request, around) if e.severity == "slow"
     ]
-    if kernel.copies:
-        notes.append(f"copies {kernel.copies}")
+    if copies := kernel.copies_for(request):
+        notes.append(f"copies {copies}")
     return Candidate(kernel, status, tuple(why), evidence, time, tuple(notes), kernel.priority_on(around.device))

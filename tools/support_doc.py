@@ -1,9 +1,10 @@
 """Make the tables of ``docs/support.md``: kernel, arch and feature, and how each is known.
 
 The tables are written between two comments of the page, out of what the installed distributions declare
-(``hal.Kernel.evidence``); nothing of it is typed by hand. A kernel that declares a feature on an arch shows the word
-that it declares for that arch: ``run``, ``emulated``, ``compiled`` or ``claimed``. Features are found as the
-conformance kit finds them: some corner of the declaration, as the arch admits it, turns the feature on.
+(``hal.Kernel.evidence`` and ``evidence_with``); nothing of it is typed by hand. A kernel that declares a feature on an
+arch shows the word that it declares for it there: ``run``, ``emulated``, ``compiled`` or ``claimed``. Features are found
+as the conformance kit finds them: some corner of the declaration, as the arch admits it, turns the feature on. The word
+is the strongest that is said of any such corner.
 
 ``--check`` writes nothing, and exits with 1 if the page is stale.
 """
@@ -18,20 +19,18 @@ from pathlib import Path
 
 import hal
 from hal import _plugins
+from hal._kernel import EVIDENCE
 from hal._registry import Registry
 from hal.errors import RegistrationError
 from hal.testing import corners
-from hal.testing._wins import simulated_homes
+from hal.testing._wins import home_on
 from hal_ops import Op, Request
 
-__all__ = ["WORDS", "Row", "render", "rows", "tables"]
+__all__ = ["Row", "render", "rows", "tables"]
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "support.md"
 BEGIN = "<!-- Made by tools/support_doc.py from what kernels declare. Change those, and run it. -->"
 END = "<!-- The end of what tools/support_doc.py makes. -->"
-
-WORDS = ("run", "emulated", "compiled", "claimed")
-"""How a claim is known, the strongest first."""
 
 _NEWEST = hal.Version.parse("99")
 _SHORT = {
@@ -51,12 +50,12 @@ _SHORT = {
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One kernel on archs for which it declares the same. ``features`` are those that it has there."""
+    """One kernel on archs for which it declares the same. ``features`` are those that it has there, each with its word."""
 
     kernel: hal.Kernel
     archs: tuple[str, ...]
     word: str
-    features: frozenset[str]
+    features: Mapping[str, str]
 
 
 def render(page: str, registry: Registry | None = None) -> str:
@@ -84,50 +83,50 @@ def tables(registry: Registry) -> Iterator[str]:
         yield _line(["kernel", "archs", *(_SHORT.get(f, f.replace("_", " ")) for f in features), "formats"])
         yield _line(["---"] * (len(features) + 3))
         for row in found:
-            cells = [row.word if f in row.features else "-" for f in features]
+            cells = [row.features.get(f, "-") for f in features]
             yield _line([f"`{row.kernel.name}`", f"{', '.join(row.archs)}: {row.word}", *cells, _formats(row.kernel)])
 
 
 def rows(kernel: hal.Kernel, op: Op, registry: Registry) -> Iterator[Row]:
     """What a kernel declares, archs of which it says the same in one row, in the order in which it names them."""
-    groups: dict[tuple[str, frozenset[str]], list[str]] = {}
+    groups: dict[tuple[str, tuple[tuple[str, str], ...]], list[str]] = {}
     for arch, word, features in _declared(kernel, op, registry):
-        groups.setdefault((word, features), []).append(arch)
-    for (word, features), archs in groups.items():
-        yield Row(kernel, tuple(archs), word, features)
+        groups.setdefault((word, tuple(features.items())), []).append(arch)
+    for (word, told), archs in groups.items():
+        yield Row(kernel, tuple(archs), word, dict(told))
 
 
-def _declared(kernel: hal.Kernel, op: Op, registry: Registry) -> Iterator[tuple[str, str, frozenset[str]]]:
-    homes = {home.arch.name: _newest(home) for home in simulated_homes(kernel, registry)} if kernel.platforms else {}
-    rest = kernel.evidence.get("*", "claimed")
-    same = _on(kernel, op, None) if kernel.check is None else None
-    named = _named(kernel, registry)
+def _declared(kernel: hal.Kernel, op: Op, registry: Registry) -> Iterator[tuple[str, str, Mapping[str, str]]]:
+    same = None if kernel.check else _corners(kernel, op, None)
+    named = _named(kernel)
     for arch in named:
-        yield arch, kernel.evidence.get(arch, rest), _on(kernel, op, homes.get(arch)) if same is None else same
+        requests = _corners(kernel, op, _home(kernel, arch, registry)) if same is None else same
+        yield arch, kernel.evidence_for(arch), _told(kernel, op, requests, arch)
     if _is_open(kernel):
-        where = f"every {'other ' if named else ''}{_where(kernel)}"
-        yield where, rest, _on(kernel, op, None) if same is None else same
+        requests = _corners(kernel, op, None) if same is None else same
+        yield (
+            f"every {'other ' if named else ''}{_where(kernel)}",
+            kernel.evidence_for("*"),
+            _told(kernel, op, requests, "*"),
+        )
 
 
-def _named(kernel: hal.Kernel, registry: Registry) -> list[str]:
-    """Archs that the declaration names, and admits: evidence may speak of more."""
+def _named(kernel: hal.Kernel) -> list[str]:
+    """Archs that the declaration names."""
     listed = [arch for archs in kernel.platforms.values() for arch in archs.only if "*" not in arch]
-    return [a for a in dict.fromkeys([*listed, *kernel.evidence]) if a != "*" and _admits(kernel, a, registry)]
+    return [arch for arch in dict.fromkeys([*listed, *kernel.evidence]) if arch != "*"]
 
 
-def _admits(kernel: hal.Kernel, name: str, registry: Registry) -> bool:
-    for platform, archs in kernel.platforms.items():
+def _home(kernel: hal.Kernel, arch: str, registry: Registry) -> hal.Device | None:
+    """A device of that arch with the newest of all that it needs; None where no platform that is installed knows it."""
+    accelerators = [name for name, p in registry.platforms.items() if p.torch_type != "cpu"]
+    for name in kernel.platforms or (*accelerators, "cpu"):
         try:
-            arch = registry.platforms[platform].parse_arch(name)
+            home = home_on(registry.platforms[name], arch, kernel)
         except (KeyError, ValueError):
             continue  # the platform is not installed, or the arch is another vendor's
-        if not archs.refusal(arch, registry.platforms[platform].parse_arch):
-            return True
-    return not kernel.platforms
-
-
-def _newest(home: hal.Device) -> hal.Device:
-    return dataclasses.replace(home, runtime=_NEWEST, driver=_NEWEST)
+        return dataclasses.replace(home, runtime=_NEWEST, driver=_NEWEST)
+    return None
 
 
 def _is_open(kernel: hal.Kernel) -> bool:
@@ -141,16 +140,22 @@ def _where(kernel: hal.Kernel) -> str:
     return " or ".join(words) or "arch"
 
 
-def _on(kernel: hal.Kernel, op: Op, device: hal.Device | None) -> frozenset[str]:
-    """Features that some request which the kernel admits turns on, with the newest of all that it needs."""
+def _corners(kernel: hal.Kernel, op: Op, device: hal.Device | None) -> list[Request]:
+    """Requests that the kernel admits, with the newest of all that it needs."""
     names = ["torch", "triton", *(n for needs in kernel.needs for n in needs.names())]
     with hal.simulate(libraries=dict.fromkeys(names, str(_NEWEST))):
         try:
-            requests = corners(kernel, op=op, device=device)
+            return corners(kernel, op=op, device=device)
         except RegistrationError:
             # Its check() refuses whatever is asked: what is in the way is this machine's, such as a variable.
-            requests = corners(kernel, op=op)
-    return frozenset(f for f in _features(op, kernel.phase) if any(_is_on(f, r) for r in requests))
+            return corners(kernel, op=op)
+
+
+def _told(kernel: hal.Kernel, op: Op, requests: list[Request], arch: str) -> dict[str, str]:
+    """Features that some of the requests turns on, each with the strongest word for it on an arch."""
+    words = [(r, kernel.evidence_for(arch, r)) for r in requests]
+    found = {f: [word for r, word in words if _is_on(f, r)] for f in _features(op, kernel.phase)}
+    return {f: min(told, key=EVIDENCE.index) for f, told in found.items() if told}
 
 
 def _features(op: Op, phase: str) -> list[str]:
@@ -164,15 +169,7 @@ def _features(op: Op, phase: str) -> list[str]:
 
 def _is_on(feature: str, request: Request) -> bool:
     value = getattr(request, feature)
-    if feature == "causal":
-        return value is False
-    if feature == "kv_dtype":
-        return str(value).startswith("float8")
-    if feature == "max_q_len":
-        return bool(value > 1)
-    if feature == "v_head_dim":
-        return bool(value != getattr(request, "head_dim", value))
-    return not request.is_neutral(feature)
+    return str(value).startswith("float8") if feature == "kv_dtype" else request.turns_on(feature)
 
 
 def _formats(kernel: hal.Kernel) -> str:

@@ -92,7 +92,7 @@ def _spills(rows: Sequence[Row]) -> Iterator[str]:
         return
     yield (
         "Float32, whose products are not made by matrix units; heads of 256 on gfx11, whose matrix instructions want "
-        "operands twice; decoding with every feature at once; sm_90, whose tiles are the fastest of those that were "
+        "operands twice; every feature at once; sm_90, whose tiles are the fastest of those that were "
         "measured on it; and up to 32 bytes a thread on NVIDIA.\n"
     )
     yield _line(("arch", "kernel", "variant", "registers", "spilled"))

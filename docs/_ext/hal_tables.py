@@ -91,6 +91,7 @@ def _row(kernel: Kernel, registry: Registry) -> tuple[str, ...]:
     needs = [f"{n.library} {n.versions}".strip() for n in kernel.needs]
     needs += [f"{name} {wanted}" for name, wanted in (("runtime", kernel.runtime), ("driver", kernel.driver)) if wanted]
     evidence = [f"{word}: {'every device' if arch == '*' else arch}" for arch, word in kernel.evidence.items()]
+    evidence += [f"{word} with {field}" for field, word in kernel.evidence_with.items()]
     return (
         f"`{kernel.name}`",
         registry.sources[f"kernel:{kernel.name}"].distribution,

@@ -61,7 +61,9 @@ def _kernel(kernel: Any, source: Any) -> dict[str, Any]:
         "driver": kernel.driver,
         "capabilities": sorted(kernel.capabilities),
         "evidence": dict(kernel.evidence),
+        "evidence_with": dict(kernel.evidence_with),
         "copies": kernel.copies,
+        "copies_with": dict(kernel.copies_with),
         "note": kernel.note,
         "plugin": source.plugin,
         "distribution": source.distribution,
@@ -89,7 +91,7 @@ def _row(r: dict[str, Any]) -> tuple[Any, ...]:
         f"{r['band']} {r['priority']}",
         places or "any device",
         _needs(r) or "-",
-        _evidence(r["evidence"]),
+        _evidence(r),
         f"{r['distribution']} {r['version']}",
     )
 
@@ -100,20 +102,25 @@ def _needs(r: dict[str, Any]) -> list[str]:
     return texts + [f"capability {name}" for name in r["capabilities"]]
 
 
-def _evidence(evidence: dict[str, str]) -> list[str]:
-    """``run on sm_90``, ``compiled for sm_80, sm_89``; what is not listed is only claimed."""
+def _evidence(r: dict[str, Any]) -> list[str]:
+    """``run on sm_90``, ``compiled for sm_80, sm_89``, ``emulated with sinks``; what is not listed is only claimed."""
     words: dict[str, list[str]] = {}
-    for arch, word in evidence.items():
-        words.setdefault(word, []).append("every device" if arch == "*" else arch)
-    links = {"run": "run on", "compiled": "compiled for", "emulated": "emulated for", "claimed": "claimed for"}
-    return [f"{links.get(word, word)} {', '.join(archs)}" for word, archs in words.items()] or ["claimed"]
+    for arch, word in r["evidence"].items():
+        rest = "every other device" if len(r["evidence"]) > 1 else "every device"
+        words.setdefault(word, []).append(rest if arch == "*" else arch)
+    texts = [f"{word} {'on' if word == 'run' else 'for'} {', '.join(archs)}" for word, archs in words.items()]
+    fields: dict[str, list[str]] = {}
+    for field, word in r["evidence_with"].items():
+        fields.setdefault(word, []).append(field)
+    return [*(texts or ["claimed"]), *(f"{word} with {', '.join(names)}" for word, names in fields.items())]
 
 
 def _show_fields(rows: Sequence[dict[str, Any]]) -> None:
     for i, r in enumerate(rows):
         heading(f"{r['name']}  ({r['op']} {r['phase']}, {r['band']} {r['priority']})", first=i == 0)
         *_, places, needs, evidence, source = _row(r)
-        facts = [("note", r["note"]), ("copies", r["copies"]), ("runs on", places), ("needs", needs)]
+        copies = [r["copies"], *(f"with {field}: {tensors}" for field, tensors in r["copies_with"].items())]
+        facts = [("note", r["note"]), ("copies", [c for c in copies if c]), ("runs on", places), ("needs", needs)]
         facts += [("evidence", evidence), ("from", source)]
         table(("about it", ""), [(name, value) for name, value in facts if value])
         click.echo()

@@ -17,7 +17,7 @@ from hal.testing._corners import corners
 from hal.testing._matrix import selected
 from hal.testing._plugin_checks import Finding, Plugin, arch_names
 
-__all__ = ["simulated_homes", "wins"]
+__all__ = ["home_on", "simulated_homes", "wins"]
 
 
 def wins(plugin: Plugin, homes: Sequence[str | Device] = ()) -> Finding:
@@ -77,7 +77,7 @@ def simulated_homes(kernel: Kernel, registry: Registry) -> Iterator[Device]:
         if platform is not None:
             patterns = mine.only or ((mine.at_least,) if mine.at_least else ())
             for arch in _archs(platform, patterns):
-                yield _home(platform, arch, kernel)
+                yield home_on(platform, arch, kernel)
 
 
 def _archs(platform: Platform, patterns: Iterable[str]) -> tuple[str, ...]:
@@ -101,7 +101,12 @@ def _parses(platform: Platform, arch: str) -> bool:
         return False
 
 
-def _home(platform: Platform, name: str, kernel: Kernel) -> Device:
+def home_on(platform: Platform, name: str, kernel: Kernel) -> Device:
+    """A device of the platform's arch of that name, on which the kernel's versions are met.
+
+    Raises:
+        ValueError: the platform knows no such arch.
+    """
     arch = platform.parse_arch(name)
     kernels = tuple(platform.kernels())
     return platform.simulate(

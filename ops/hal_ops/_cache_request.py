@@ -28,7 +28,7 @@ class PagesRequest(Request):
 
     num_kv_heads: int = required()
     head_dim: int = required(code="head_dim")
-    v_head_dim: int = required(default=None, code="head_dim")
+    v_head_dim: int = required(default=None, code="head_dim", plain=lambda r: r.head_dim)
     kv_dtype: str = required(default="bfloat16", code="dtype")
     page_size: int = required(default=16, code="page_size")
     kv_layout: str = required(default="NHD", code="layout")

@@ -36,7 +36,9 @@ class FieldRule:
     ``neutral`` is the value that needs no declaration (a callable is given the request, which computes it where the
     field is None); ``phases`` limits the rule to
     those phases of the op; ``code`` is the reason code of a refusal; ``preferred`` lists the values tried, in order,
-    when the field is left to the selection (``AUTO``); with ``closed`` no other is, whatever kernels declare.
+    when the field is left to the selection (``AUTO``); with ``closed`` no other is, whatever kernels declare. ``plain`` is
+    what a required field that may ask for a feature (a cache of another format, more queries a row) holds when it asks for
+    none (a callable is given the request).
     """
 
     required: bool
@@ -45,6 +47,7 @@ class FieldRule:
     code: str = "feature_unsupported"
     preferred: tuple[Any, ...] = ()
     closed: bool = False
+    plain: Any = None
 
     def applies(self, phase: str) -> bool:
         """Whether kernels of the phase look at the field."""
@@ -58,9 +61,10 @@ def required(
     code: str = "feature_unsupported",
     preferred: tuple[Any, ...] = (),
     closed: bool = False,
+    plain: Any = None,
 ) -> Any:
     """A dataclass field that every kernel must constrain."""
-    rule = FieldRule(True, None, phases, code, preferred, closed)
+    rule = FieldRule(True, None, phases, code, preferred, closed, plain)
     return dataclasses.field(default=default, metadata={_RULE: rule})
 
 
@@ -94,6 +98,14 @@ class Request:
         """Whether the field ``name`` holds the value that needs no declaration."""
         neutral = self.rules()[name].neutral
         return bool(getattr(self, name) == (neutral(self) if callable(neutral) else neutral))
+
+    def turns_on(self, name: str) -> bool:
+        """Whether the field ``name`` asks for a feature: more than the plainest request of these sizes and formats does."""
+        rule, value = self.rules()[name], getattr(self, name)
+        if not rule.required:
+            return not self.is_neutral(name)
+        plain = rule.plain(self) if callable(rule.plain) else rule.plain
+        return plain is not None and value != AUTO and bool(value != plain)
 
     def replace(self: R, **changes: Any) -> R:
         """A copy with some fields changed, normalised again. Computed neutral values that were in force follow."""

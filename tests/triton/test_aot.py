@@ -91,6 +91,18 @@ def test_compiled_is_said_of_archs_that_were_compiled_for(rows: Any) -> None:
 
 
 @pytest.mark.parametrize("phase", ["prefill", "extend", "decode"])
+def test_features_that_are_told_as_compiled_were_compiled(aot: ModuleType, phase: str) -> None:
+    """Each that brings an argument or a constant of its own, on each arch."""
+    mine = [v for v in aot.variants() if v.kernel.endswith(f":{phase}_kernel")]
+    for target in aot.TARGETS.values():
+        found = [v for v in mine if target.name in v.targets]
+        wanted = {"sinks", "slopes", "cap"} | (
+            {"k_scale", "v_scale"} if target.formats and phase != "prefill" else set()
+        )
+        assert any(wanted <= v.signature.keys() for v in found), f"{phase} on {target.name}"
+
+
+@pytest.mark.parametrize("phase", ["prefill", "extend", "decode"])
 def test_an_arch_that_nobody_knows_gets_the_portable_kernels_as_claims(phase: str) -> None:
     # requirement X16, R15
     request = AttentionRequest(num_q_heads=8, num_kv_heads=2, head_dim=64, phases=(phase,))

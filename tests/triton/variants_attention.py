@@ -26,6 +26,7 @@ HOPPER_KERNELS = {
     "extend": "hal_ops.attention.triton_hopper:hopper_extend",
 }
 FP8 = {"float8_e4m3fn": "fp8e4nv", "float8_e4m3fnuz": "fp8e4b8", "float8_e5m2": "fp8e5", "float8_e5m2fnuz": "fp8e5b16"}
+EVERYTHING: dict[str, Any] = {"window": 1024, "softcap": 30.0, "sinks": True, "alibi": True}
 TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", **FP8}
 
 
@@ -38,6 +39,8 @@ def variants() -> Iterator[Variant]:
             for kv_dtype in (name for name, short in FP8.items() if short in target.formats):
                 yield _extend(config, (config.dim, config.dim), "bfloat16", arch, kv_dtype=kv_dtype)
                 yield _prefill(config, (config.dim, config.dim), "bfloat16", arch, qkv_dtype=kv_dtype, phases="prefill")
+            if config.dim == 128:
+                yield from _with_everything(config, arch)
         for config in configs_of(arch, wide=True):
             yield from _portable(config, (config.dim, config.dim), "float32", arch)
     for config in HOPPER_PREFILL:
@@ -52,6 +55,14 @@ def _portable(config: Config, dims: tuple[int, int], dtype: str, arch: str) -> I
     yield _prefill(config, dims, dtype, arch)
     yield _prefill(config, dims, dtype, arch, window=1024, softcap=30.0, sinks=True)
     yield _extend(config, dims, dtype, arch)
+
+
+def _with_everything(config: Config, arch: str) -> Iterator[Variant]:
+    """Every feature at once, over heads of unequal dims and, where there is one, an FP8 cache with a scale a head."""
+    yield _prefill(config, (128, 64), "bfloat16", arch, **EVERYTHING)
+    formats = [name for name, short in FP8.items() if short in TARGETS[arch].formats][:1]
+    for cache in ({}, *({"kv_dtype": name, "kv_scale": "head"} for name in formats)):
+        yield _extend(config, (128, 64), "bfloat16", arch, return_lse=True, **EVERYTHING, **cache)
 
 
 def _request(dims: tuple[int, int], dtype: str, **fields: Any) -> AttentionRequest:
@@ -69,8 +80,8 @@ def _prefill(config: Config, dims: tuple[int, int], dtype: str, arch: str, **fie
 
 def _extend(config: Config, dims: tuple[int, int], dtype: str, arch: str, **fields: Any) -> Variant:
     request = _request(dims, dtype, **fields)
-    scales = 0 if request.kv_dtype == dtype else 1
-    constants = {"PAGE_SIZE": 16, "LSE": False, "K_SCALES": scales, "V_SCALES": scales}
+    scales = 0 if request.kv_dtype == dtype else 2 if request.kv_scale == "head" else 1
+    constants = {"PAGE_SIZE": 16, "LSE": request.return_lse, "K_SCALES": scales, "V_SCALES": scales}
     constants |= vectors(request.kv_layout, request.kv_dtype)
     return _variant(EXTEND, _label(request, arch, config), config, request, constants, (arch,))
 
@@ -84,7 +95,7 @@ def _hopper(phase: str, config: Hopper, dtype: str, page_size: int, **fields: An
 
 
 def _label(request: AttentionRequest, arch: str, config: Config | Hopper) -> str:
-    special = ", window, softcap, sinks" * bool(request.softcap)
+    special = ", window, softcap, sinks" * bool(request.softcap) + ", slopes" * request.alibi
     cache = f", KV {request.kv_dtype}" * (request.kv_dtype != request.dtype)
     cache += f", q, k, v {request.qkv_dtype}" * (request.qkv_dtype != request.dtype)
     layout = ", HDN" * (request.kv_layout == "HDN")
@@ -111,7 +122,7 @@ def _variant(
         options = {"num_warps": config.warps, "num_stages": config.stages}
     absent = {
         "sinks": request.sinks,
-        "slopes": False,
+        "slopes": request.alibi,
         "q_scale": known.get("Q_SCALES"),
         "k_scale": known.get("K_SCALES"),
         "v_scale": known.get("V_SCALES"),
@@ -127,8 +138,10 @@ def _variant(
 
 def _must_fit(request: AttentionRequest, arch: str) -> bool:
     """Whether not to spill is asked: of 16-bit formats, but for heads of 256 on gfx11, whose 256 registers are too few,
-    and on sm_90, whose tiles are the fastest of those that were measured, whatever they spill."""
-    return request.dtype != "float32" and arch != "sm_90" and not (arch.startswith("gfx11") and request.head_dim > 128)
+    on sm_90, whose tiles are the fastest of those that were measured, whatever they spill, and of every feature at once."""
+    if request.alibi or request.dtype == "float32" or arch == "sm_90":
+        return False
+    return not (arch.startswith("gfx11") and request.head_dim > 128)
 
 
 def _type(name: str, config: Config | Hopper, request: AttentionRequest, constants: dict[str, Any]) -> str:

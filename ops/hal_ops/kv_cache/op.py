@@ -47,9 +47,9 @@ class KvCacheWriteRequest(Request):
 
     num_kv_heads: int = required()
     head_dim: int = required(code="head_dim")
-    v_head_dim: int = required(default=None, code="head_dim")
+    v_head_dim: int = required(default=None, code="head_dim", plain=lambda r: r.head_dim)
     dtype: str = required(default="bfloat16", code="dtype")
-    kv_dtype: str = required(default=None, code="dtype")
+    kv_dtype: str = required(default=None, code="dtype", plain=lambda r: r.dtype)
     page_size: int = required(default=16, code="page_size")
     kv_layout: str = required(default="NHD", code="layout")
     kv_scale: str = feature("tensor")

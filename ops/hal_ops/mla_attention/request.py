@@ -45,10 +45,10 @@ class MlaAttentionRequest(Request):
     qk_nope_head_dim: int = 128
     v_head_dim: int = 128
     dtype: str = required(default="bfloat16", code="dtype")
-    kv_dtype: str = required(default=AUTO, code="dtype")
+    kv_dtype: str = required(default=AUTO, code="dtype", plain=lambda r: r.dtype)
     page_size: int | str = required(default=AUTO, code="page_size", preferred=(64, 16, 32, 128, 256, 8, 1))
-    max_q_len: int = required(default=1, phases=("decode",))
-    causal: bool = required(default=True)
+    max_q_len: int = required(default=1, phases=("decode",), plain=1)
+    causal: bool = required(default=True, plain=True)
     softmax_scale: float = feature(lambda r: 1.0 / math.sqrt(r.qk_nope_head_dim + r.qk_rope_head_dim))
     return_lse: bool = feature(False)
     deterministic: bool = feature(False)

@@ -51,7 +51,7 @@ _NEEDS = (
     ),
 )
 _FLAG = OneOf(False, True)
-_SINKS = "the output once more, where the request has sinks"
+_SINKS = {"sinks": "the output once more"}
 
 _COMMON: Mapping[str, Constraint] = {
     "num_q_heads": Anything((1, 6, 14)),
@@ -86,7 +86,7 @@ def _kernel(phase: str, priority: int, fields: Mapping[str, Constraint], note: s
         needs=_NEEDS,
         runtime=">=4.3.6",
         fields=fields,
-        copies=_SINKS,
+        copies_with=_SINKS,
         evidence={"mp_31": "emulated"},
         note=note,
     )

@@ -202,7 +202,7 @@ def _built_archs() -> frozenset[str] | None:
     return None if found is None else found.archs
 
 
-def _kernel(phase: str, check: object, more: Mapping[str, Constraint], copies: str) -> Kernel:
+def _kernel(phase: str, check: object, more: Mapping[str, Constraint], copies: Mapping[str, str]) -> Kernel:
     return Kernel(
         name=f"fa3.{phase}",
         op="attention",
@@ -224,15 +224,16 @@ def _kernel(phase: str, check: object, more: Mapping[str, Constraint], copies: s
         fields={**_COMMON, **more},
         check=check,  # type: ignore[arg-type]
         built_archs=_built_archs,
-        copies=copies,
+        copies_with=copies,
         evidence={"*": "emulated"},
         note="flash-attention 3",
     )
 
 
-_SINKS = "sinks, into bfloat16"
+_SINKS = {"sinks": "sinks, into bfloat16"}
+_QUERIES = {**_SINKS, "kv_dtype": "q, into FP8"}
 KERNELS = (
     _kernel("prefill", _prefill, _FRESH, _SINKS),
-    _kernel("extend", _extend, _PAGED, f"{_SINKS}; q, into FP8 over an FP8 cache"),
-    _kernel("decode", _decode, _PAGED, f"{_SINKS}; q, into FP8 over an FP8 cache"),
+    _kernel("extend", _extend, _PAGED, _QUERIES),
+    _kernel("decode", _decode, _PAGED, _QUERIES),
 )

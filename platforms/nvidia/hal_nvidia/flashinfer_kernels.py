@@ -28,6 +28,7 @@ rows of 4096 keys 140 us (3.8 TB/s), with sinks 171 us, over an FP8 cache 176 us
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import hal
@@ -42,7 +43,7 @@ __all__ = ["BLACKWELL_CUDA", "FLASHINFER", "KERNELS", "toolkit", "versions_from"
 _FA2_ARCHS = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121")
 _PREFILL_COPIES = "dense q, k or v whose sequences do not follow each other in memory"
 _PADDED = "q, where a plan of fixed size is called with fewer tokens"
-_FP8_COPIES = f"q, multiplied by the k scale of an FP8 cache; {_PADDED}"
+_FP8_COPIES = {"kv_dtype": "q, multiplied by the k scale"}
 
 BLACKWELL_CUDA: Mapping[str, str] = {"sm_100": ">=12.8", "sm_103": ">=12.9", "sm_120": ">=12.9", "sm_121": ">=12.9"}
 """CUDA versions that flashinfer compiles for an arch with."""
@@ -117,6 +118,8 @@ def _kernel(
     note: str,
     copies: str,
     hopper: str = "run",
+    evidence_with: Mapping[str, str] = MappingProxyType({}),
+    copies_with: Mapping[str, str] = MappingProxyType({}),
 ) -> Kernel:
     library, _, phase = name.partition(".")
     return Kernel(
@@ -131,24 +134,48 @@ def _kernel(
         fields=fields,
         check=toolkit,
         copies=copies,
+        copies_with=copies_with,
         evidence={"sm_90": hopper, "*": "emulated"},
+        evidence_with=evidence_with,
         note=note,
     )
 
 
 _FP8 = ("float8_e4m3fn", "float8_e5m2")
 _WAITS = "ragged calls without a plan wait for the device"
-_PLAIN = "run without window or softcap; with them emulated"
+_FA3 = {"window": "emulated", "softcap": "emulated"}
 _OF_FA3 = "fa3 on sm_90"
 
 KERNELS = (
     _kernel("flashinfer_fa2.prefill", _ragged(), Band.PERFORMANT + 5, _FA2_ARCHS, _WAITS, _PREFILL_COPIES),
     _kernel(
-        "flashinfer_fa3.prefill", _ragged(), Band.PERFORMANT + 60, ("sm_90",), f"{_WAITS}; {_PLAIN}", _PREFILL_COPIES
+        "flashinfer_fa3.prefill",
+        _ragged(),
+        Band.PERFORMANT + 60,
+        ("sm_90",),
+        _WAITS,
+        _PREFILL_COPIES,
+        evidence_with=_FA3,
     ),
-    _kernel("flashinfer_fa2.extend", _paged(*_FP8), Band.PERFORMANT + 30, _FA2_ARCHS, "", _FP8_COPIES),
-    _kernel("flashinfer_fa3.extend", _paged(), Band.SPECIALIZED + 10, ("sm_90",), _PLAIN, _PADDED),
-    _kernel("flashinfer_fa2.decode", _paged(*_FP8), Band.SPECIALIZED + 40, _FA2_ARCHS, "", _FP8_COPIES),
+    _kernel(
+        "flashinfer_fa2.extend",
+        _paged(*_FP8),
+        Band.PERFORMANT + 30,
+        _FA2_ARCHS,
+        "",
+        _PADDED,
+        copies_with=_FP8_COPIES,
+    ),
+    _kernel("flashinfer_fa3.extend", _paged(), Band.SPECIALIZED + 10, ("sm_90",), "", _PADDED, evidence_with=_FA3),
+    _kernel(
+        "flashinfer_fa2.decode",
+        _paged(*_FP8),
+        Band.SPECIALIZED + 40,
+        _FA2_ARCHS,
+        "",
+        _PADDED,
+        copies_with=_FP8_COPIES,
+    ),
     _kernel("flashinfer_sink.extend", _sinks(), Band.PERFORMANT + 60, _FA2_ARCHS, _OF_FA3, _PADDED, "emulated"),
     _kernel("flashinfer_sink.decode", _sinks(), Band.PERFORMANT + 60, _FA2_ARCHS, "", _PADDED),
 )

@@ -24,6 +24,7 @@ for head dims that fa2 lacks; for fmha_v2 nothing is known: performant.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import hal
@@ -126,10 +127,12 @@ def _kernel(
     archs: tuple[str, ...],
     priority: int,
     fields: Mapping[str, Constraint],
-    copies: str,
     more: tuple[Needs, ...] = (),
     check: Callable[[Request, Device], Sequence[Reason]] = toolkit,
-    note: str = "",
+    copies: str = "q, where it is a view that is not contiguous",
+    copies_with: Mapping[str, str] = MappingProxyType({}),
+    evidence: Mapping[str, str] = MappingProxyType({"*": "emulated"}),
+    evidence_with: Mapping[str, str] = MappingProxyType({}),
 ) -> Kernel:
     library, _, phase = name.partition(".")
     return Kernel(
@@ -143,13 +146,13 @@ def _kernel(
         fields=fields,
         check=check,
         copies=copies,
-        evidence={"sm_90": "run", "*": "emulated"},
-        note=note,
+        copies_with=copies_with,
+        evidence=evidence,
+        evidence_with=evidence_with,
     )
 
 
-_Q = "q, where it is a view that is not contiguous"
-_FP8_Q = f"{_Q}; q, into FP8 where fp8_query permits it"
+_FP8_Q = {"kv_dtype": "q, into FP8 where fp8_query permits it"}
 _SINCE_13 = versions_from(">=0.6.13", "its functions give the LSE since then")
 _SINCE_72 = versions_from(">=0.7.2", _GRAPH_KEY)
 _FRONTEND = Needs("nvidia-cudnn-frontend", ">=1.31", install="`pip install 'torch-hal-nvidia[cudnn]'`")
@@ -161,8 +164,8 @@ KERNELS = (
         _DATACENTER,
         Band.SPECIALIZED + 80,
         _fields(128, 64, 256, more=_paged(("HND",), (16, 32, 64), _TRTLLM)),
-        _FP8_Q,
         check=_trtllm,
+        copies_with=_FP8_Q,
     ),
     _kernel(
         "trtllm_gen.decode",
@@ -170,8 +173,8 @@ KERNELS = (
         _DATACENTER,
         Band.SPECIALIZED + 80,
         _fields(128, 64, 256, more=_paged(("HND",), (16, 32, 64), _TRTLLM_DECODE)),
-        _FP8_Q,
         check=_trtllm,
+        copies_with=_FP8_Q,
     ),
     _kernel(
         "flashinfer_cudnn.extend",
@@ -179,7 +182,6 @@ KERNELS = (
         _DATACENTER,
         Band.SPECIALIZED + 60,
         {**_fields(128, more=_without_windows()), "causal": OneOf(True, False)},
-        _Q,
         (_FRONTEND,),
     ),
     _kernel(
@@ -188,7 +190,6 @@ KERNELS = (
         _DATACENTER,
         Band.SPECIALIZED + 60,
         _fields(128, 64, more=_paged(("HND",), (16, 32, 64, 128), {})),
-        _Q,
         (_FRONTEND,),
     ),
     _kernel(
@@ -200,8 +201,8 @@ KERNELS = (
             **_fields(128, more=_paged(("NHD", "HND"), (16, 32, 64, 128), _XQA)),
             "head_dim": MultipleOf(16, 16, 256),
         },
-        _Q,
-        note="run without sinks or FP8; with them emulated",
+        evidence={"sm_90": "run", "*": "emulated"},
+        evidence_with={"sinks": "emulated", "kv_dtype": "emulated"},
     ),
     _kernel(
         "fmha_v2.prefill",
@@ -209,6 +210,6 @@ KERNELS = (
         ("sm_120", "sm_121"),
         Band.PERFORMANT + 50,
         _fields(128, 64, 256, more=_FMHA),
-        "q, k and v, where they are not contiguous",
+        copies="q, k and v, where they are not contiguous",
     ),
 )

@@ -21,6 +21,7 @@ flash-attention 3 on dense batches, but ragged ones are cut up: last, and first 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from hal import (
@@ -99,6 +100,7 @@ def _kernel(
     *,
     check: object = None,
     copies: str = "",
+    copies_with: Mapping[str, str] = MappingProxyType({}),
     note: str = "",
     evidence: Mapping[str, str] = _EMULATED,
 ) -> Kernel:
@@ -113,6 +115,7 @@ def _kernel(
         fields=fields,
         check=check,  # type: ignore[arg-type]
         copies=copies,
+        copies_with=copies_with,
         evidence=evidence,
         note=note,
     )
@@ -147,7 +150,7 @@ KERNELS = (
             "graph": OneOf(False, True),
         },
         check=_efficient_check,
-        copies="q of ragged batches, with needs_grad (masked where no key is seen)",
+        copies_with={"needs_grad": "q of ragged batches (masked where no key is seen)"},
         note="CUTLASS kernels inside torch",
         evidence={"sm_90": "run", **_EMULATED},
     ),

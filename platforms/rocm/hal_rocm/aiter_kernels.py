@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from hal import (
@@ -141,7 +142,13 @@ _DECODE: Mapping[str, Constraint] = {
 
 
 def _kernel(
-    phase: str, priority: int, own: Mapping[str, Constraint], note: str, copies: str = "", needs: Needs | None = None
+    phase: str,
+    priority: int,
+    own: Mapping[str, Constraint],
+    note: str,
+    copies: str = "",
+    copies_with: Mapping[str, str] = MappingProxyType({}),
+    needs: Needs | None = None,
 ) -> Kernel:
     return Kernel(
         name=f"aiter.{phase}",
@@ -154,16 +161,17 @@ def _kernel(
         fields={**_COMMON, **own},
         check=_prefill if phase == "prefill" else _paged,
         copies=copies,
+        copies_with=copies_with,
         evidence={"*": "emulated"},
         note=note,
     )
 
 
-_ALIKE = "dense q, k, v that are not contiguous, if there is a softcap"
+_ALIKE = {"softcap": "dense q, k, v that are not contiguous"}
 _HEADS = "q, where its heads are not contiguous"
 
 KERNELS = (
-    _kernel("prefill", Band.SPECIALIZED + 20, _PREFILL, "CK and assembly", _ALIKE),
+    _kernel("prefill", Band.SPECIALIZED + 20, _PREFILL, "CK and assembly", copies_with=_ALIKE),
     _kernel("extend", Band.PERFORMANT + 30, _EXTEND, "mha_batch_prefill_func", needs=needs_aiter(">=0.1.13")),
     _kernel("decode", Band.PERFORMANT + 30, _DECODE, "paged_attention_ragged", _HEADS),
 )

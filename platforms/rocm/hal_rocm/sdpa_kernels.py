@@ -75,6 +75,6 @@ KERNELS = (
         "sdpa_aotriton_efficient",
         Band.PORTABLE + 5,
         _fields("float32", "bfloat16", "float16"),
-        f"k and v, to as many heads as q; {_PADDED}",
+        f"k and v, where they have fewer heads than q (to as many); {_PADDED}",
     ),
 )
