@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from hal._eligibility import Circumstances, why_not
@@ -48,14 +50,18 @@ class NearMiss:
 
 
 def near_misses(selection: Selection) -> tuple[NearMiss, ...]:
-    """Near misses of all phases: fewest changes first, then the best kernels. Other hardware is no near miss."""
+    """Near misses of all phases: fewest changes first, then the best kernels, one a phase.
+
+    Other hardware is no near miss, and neither is a request that asks for more: nobody wants sinks for a kernel's sake.
+    What the request left open is no change either, since it is decided anew with what is installed then.
+    """
     found: dict[tuple[Any, ...], list[tuple[Kernel, bool]]] = {}
     for choice in selection.choices.values():
         chosen = -1 if choice.kernel is None else choice.kernel.priority_on(selection.device)
         for candidate in choice.candidates:
             kernel = candidate.kernel
             if candidate.status == "refused" and candidate.priority >= chosen:
-                change = _smallest_change(kernel, candidate.reasons, selection.request, selection.around)
+                change = _smallest_change(kernel, candidate.reasons, selection)
                 if change is not None:
                     found.setdefault(change, []).append((kernel, candidate.priority > chosen))
 
@@ -64,23 +70,42 @@ def near_misses(selection: Selection) -> tuple[NearMiss, ...]:
         return len(changes) + len(install), -max(k.priority_on(selection.device) for k, _ in kernels)
 
     ranked = sorted(found.items(), key=rank)
+    best = {change: _best(change, found, selection) for change, _ in ranked}
     return tuple(
-        NearMiss(tuple(k.name for k, _ in kernels), changes, install, any(first for _, first in kernels))
-        for (changes, install), kernels in ranked
+        NearMiss(tuple(k.name for k, _ in kernels), changes, install, kernels[0][1])
+        for (changes, install), kernels in best.items()
+        if kernels
     )
 
 
+def _best(
+    change: tuple[Any, ...], found: Mapping[tuple[Any, ...], list[tuple[Kernel, bool]]], selection: Selection
+) -> list[tuple[Kernel, bool]]:
+    """The best kernel of each phase, unless part of the change brings a better one; if some would be chosen, those."""
+    changes, install = map(set, change)
+    within = [mine for (fields, needed), mine in found.items() if changes >= {*fields} and install >= {*needed}]
+    order = sorted(itertools.chain(*within), key=lambda item: (-item[0].priority_on(selection.device), item[0].name))
+    phases: dict[str, tuple[Kernel, bool]] = {}
+    for kernel, first in order:
+        phases.setdefault(kernel.phase, (kernel, first))
+    mine = [phases[phase] for phase in selection.choices if phase in phases and phases[phase] in found[change]]
+    return [(k, first) for k, first in mine if first] or mine
+
+
 def _smallest_change(
-    kernel: Kernel, reasons: tuple[Reason, ...], request: Request, around: Circumstances
+    kernel: Kernel, reasons: tuple[Reason, ...], selection: Selection
 ) -> tuple[tuple[tuple[str, Any], ...], tuple[str, ...]] | None:
-    rules = request.rules()
+    request, around = selection.request, selection.around
+    rules, free = request.rules(), selection.asked.open_fields()
     install = tuple(dict.fromkeys(_renewal(r, around) for r in reasons if r.code in _INSTALL))
     if any(r.code in _SETTING or (r.field not in rules and r.code not in _INSTALL) for r in reasons):
         return None
     changed = _fitted(kernel, request, around)
     if changed is None:
         return None
-    moved = (f for f in rules if getattr(changed, f) != getattr(request, f))
+    if any(changed.turns_on(f) and not request.turns_on(f) for f in rules):
+        return None
+    moved = (f for f in rules if f not in free and getattr(changed, f) != getattr(request, f))
     changes = tuple(
         (f, getattr(changed, f))
         for f in moved
@@ -108,10 +133,21 @@ def _fitted(kernel: Kernel, request: Request, around: Circumstances) -> Request 
         if any(value is None for value in values.values()):
             return None
         try:
-            request = request.replace(**{field: value[0] for field, value in values.items() if value})
+            request = _moved(request, {field: value[0] for field, value in values.items() if value})
         except ValueError:
             return None
     return None
+
+
+def _moved(request: Request, values: Mapping[str, Any]) -> Request:
+    """The request with other values; fields that held what others imply (a ``v_head_dim`` like ``head_dim``) follow."""
+    copy = request.replace(**values)
+    follow = {
+        name: rule.plain(copy)
+        for name, rule in request.rules().items()
+        if callable(rule.plain) and name not in values and not request.turns_on(name)
+    }
+    return copy.replace(**follow)
 
 
 def _nearest(kernel: Kernel, field: str, request: Request) -> tuple[Any, ...] | None:

@@ -58,7 +58,7 @@ def test_fewer_changes_come_first(fake_platform: Any, library: Any) -> None:
     first, second = hal.select(request(sinks=True)).near_misses()
     assert first.kernels[0] == "close.prefill"
     assert second.kernels[0] == "far.prefill"
-    assert dict(second.changes) == {"head_dim": 64, "sinks": False}
+    assert dict(second.changes) == {"head_dim": 64, "v_head_dim": 64, "sinks": False}
 
 
 def test_what_to_install_is_a_near_miss(fake_platform: Any, library: Any) -> None:
@@ -79,3 +79,54 @@ def test_a_kernel_that_would_lose_anyway_is_no_near_miss(fake_platform: Any, lib
         kernels=[*library("best", fields={"sinks": hal.Anything()}), *library("worse", priority=hal.Band.PORTABLE)]
     )
     assert hal.select(request(sinks=True)).near_misses() == ()
+
+
+def test_what_was_left_open_is_no_change(fake_platform: Any, library: Any) -> None:
+    needs = hal.Needs("fast-lib", install="`pip install fast-lib`")
+    paged = {"page_size": hal.OneOf(128), "kv_layout": hal.OneOf("HND")}
+    fake_platform(kernels=library("lib", fields=paged, needs=(needs,)))
+    (miss,) = hal.select(request()).near_misses()
+    assert miss.text() == "`pip install fast-lib`: lib.prefill, lib.extend, lib.decode would be chosen"
+    with hal.simulate(libraries={"torch": "2.13.0", "fast-lib": "1"}):
+        assert hal.select(request()).kernels()["decode"] == "lib.decode"
+    (asked,) = (m for m in hal.select(request(page_size=16)).near_misses() if "lib.decode" in m.kernels)
+    assert dict(asked.changes) == {"page_size": 128}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"sinks": hal.OneOf(True)},
+        {"causal": hal.OneOf(False)},
+        {"kv_dtype": hal.OneOf("float8_e4m3fn")},
+        {"head_dim": hal.OneOf(192), "v_head_dim": hal.OneOf(128)},
+    ],
+)
+def test_a_feature_that_was_not_asked_for_is_not_proposed(
+    fake_platform: Any, attention_kernel: Any, fields: dict[str, Any]
+) -> None:
+    fake_platform(kernels=[attention_kernel("lib.decode", fields=fields)])
+    assert hal.select(request(phases=("decode",))).near_misses() == ()
+
+
+def test_dims_move_together(fake_platform: Any, attention_kernel: Any) -> None:
+    fake_platform(kernels=[attention_kernel("lib.decode", fields={"head_dim": hal.OneOf(64)})])
+    (miss,) = hal.select(request(phases=("decode",))).near_misses()
+    assert dict(miss.changes) == {"head_dim": 64, "v_head_dim": 64}
+
+
+def test_the_best_of_what_an_installation_brings_is_named(fake_platform: Any, library: Any) -> None:
+    one, two = (hal.Needs(name, install=f"`pip install {name}`") for name in ("one", "two"))
+    fake_platform(
+        kernels=[
+            *library("best", needs=(one,), priority=hal.Band.SPECIALIZED + 90),
+            *library("good", needs=(one,), priority=hal.Band.SPECIALIZED + 50),
+            *library("more", needs=(one, two), priority=hal.Band.SPECIALIZED + 70),
+            *library("other", needs=(two,), priority=hal.Band.SPECIALIZED + 60),
+        ]
+    )
+    texts = [miss.text() for miss in hal.select(request()).near_misses()]
+    assert texts == [
+        "`pip install one`: best.prefill, best.extend, best.decode would be chosen",
+        "`pip install two`: other.prefill, other.extend, other.decode would be chosen",
+    ]
