@@ -32,7 +32,7 @@ PAGE = ROOT / "docs" / "requirements.md"
 TESTS = ("tests/**/test_*.py", "platforms/*/tests/**/test_*.py", "examples/**/test_*.py")
 
 KINDS = ("cpu", "gpu")
-WORK = ("triton kernels", "nvidia adapters", "rocm and musa adapters", "integrations")
+WORK = ("triton kernels", "nvidia adapters", "rocm and musa adapters", "integrations", "a machine of two GPUs")
 
 _CITATION = re.compile(r"#\s*requirement\s+(?P<ids>[\w ,]*\w)(:|\Z)")
 _ID = re.compile(r"[A-Z]\d+\Z")
@@ -40,7 +40,7 @@ _ID = re.compile(r"[A-Z]\d+\Z")
 
 @dataclasses.dataclass(frozen=True)
 class Requirement:
-    """One line: what must be true. ``waits`` names the coming work that it still waits for."""
+    """One line: what must be true. ``waits`` names the coming work or machine that it still waits for."""
 
     id: str
     group: str
