@@ -11,7 +11,7 @@ from hal._bind import bind
 from hal._device import Device
 from hal._handle_key import key_of
 from hal._inputs import check_pages
-from hal._mla_cache import MlaCache, check_cache, check_tensors
+from hal._mla_cache import MlaCache, allocate, check_cache, check_tensors
 from hal._plan import Plan
 from hal._planner import Planner
 from hal._selection import Selection
@@ -84,7 +84,7 @@ class MlaAttention(Planner):
         self._check(tensors, cache, plan)
         if latent is not None:
             self._put(latent, cache, plan)
-        return plan._run(q, cache.data, plan._step, plan._payload, return_lse=return_lse)
+        return plan._run(q, cache.data, plan._step, plan._payload, kv_scale=cache.kv_scale, return_lse=return_lse)
 
     def write(self, latent: Tensor, *, cache: MlaCache, plan: Plan) -> None:
         """Write this step's entries to the cache and attend to nothing: for prompts that ``prefill`` attends to.
@@ -100,7 +100,10 @@ class MlaAttention(Planner):
         entry, pages, rank = latent.unsqueeze(1), cache.data.unsqueeze(2), self._rank
         if plan._buffers is not None:
             slots = slots[: latent.shape[0]]
-        self._write(entry[..., :rank], entry[..., rank:], pages[..., :rank], pages[..., rank:], slots)
+        self._write(
+            entry[..., :rank], entry[..., rank:], pages[..., :rank], pages[..., rank:], slots,
+            k_scale=cache.kv_scale, v_scale=cache.kv_scale,
+        )  # fmt: skip
 
     def _check(self, tensors: Mapping[str, Tensor], cache: MlaCache, plan: Plan) -> None:
         plan.check_owner(self)
@@ -117,18 +120,17 @@ class MlaAttention(Planner):
     def _page_size(self) -> int:
         return int(self.request.page_size)
 
-    def allocate_kv_cache(self, num_pages: int) -> MlaCache:
+    def allocate_kv_cache(self, num_pages: int, *, kv_scale: Any = None) -> MlaCache:
         """A zero-filled cache for one layer, in this request's page size and format.
 
-        Raises:
-            InputError: ``num_pages`` is below 1.
-        """
-        import torch
+        Args:
+            num_pages: pages.
+            kv_scale: for an FP8 cache, what its entries are stored divided by: a number or a tensor of one element.
 
-        if num_pages < 1:
-            raise InputError(f"num_pages={num_pages}: give at least 1")
-        size = (num_pages, self._page_size(), self.request.entry_dim)
-        return MlaCache(torch.zeros(size, dtype=torch_dtype(self.request.kv_dtype), device=self._torch_device))
+        Raises:
+            InputError: ``num_pages`` is below 1, or there is a scale for a cache that has none.
+        """
+        return allocate(self, num_pages, kv_scale)
 
     def explain(self) -> str:
         """Why these kernels, and why not each of the others; those of the cache write and of ``prefill`` too."""
@@ -167,6 +169,7 @@ def get_mla_attention(
     v_head_dim: int = 128,
     dtype: Any = "bfloat16",
     kv_dtype: Any = AUTO,
+    fp8_query: bool = False,
     page_size: int | str = AUTO,
     max_q_len: int = 1,
     softmax_scale: float | None = None,
@@ -185,7 +188,9 @@ def get_mla_attention(
     Args:
         num_q_heads: query heads on this device. kv_lora_rank, qk_rope_head_dim: elements of the latent and of the
             rotated key of a token. qk_nope_head_dim, v_head_dim: elements a head before absorption.
-        dtype: of q, of the latents and of the output. kv_dtype: of the cache; default ``dtype``.
+        dtype: of q, of the latents and of the output. kv_dtype: of the cache; default ``dtype``; ``"fp8"`` is the
+            device's e4m3 flavour.
+        fp8_query: permits kernels to round q and the probabilities to the format of an FP8 cache: faster, less exact.
         page_size: tokens a page; ``"auto"`` chooses.
         max_q_len: most query tokens a row of a decode step (above 1 for speculative decoding).
         softmax_scale: default ``1 / sqrt(qk_nope_head_dim + qk_rope_head_dim)``.

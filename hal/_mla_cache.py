@@ -6,36 +6,54 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hal.errors import InputError
-from hal_ops import dtype_name
+from hal_ops import dtype_name, is_fp8, torch_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from hal._mla import MlaAttention
 
-__all__ = ["MlaCache"]
+__all__ = ["MlaCache", "allocate"]
 
 
 class MlaCache:
     """The paged latents of one layer: ``data`` is ``[num_pages, page_size, kv_lora_rank + qk_rope_head_dim]``.
 
-    An entry is a token's latent, then its rotated key. An engine that owns its memory wraps a view of it.
+    An entry is a token's latent, then its rotated key. In an FP8 cache both are stored divided by ``kv_scale``, a float32
+    tensor of one element. An engine that owns its memory wraps a view of it.
     """
 
-    __slots__ = ("_checked_by", "data")
+    __slots__ = ("_checked_by", "data", "kv_scale")
 
-    def __init__(self, data: Tensor) -> None:
+    def __init__(self, data: Tensor, *, kv_scale: Any = None) -> None:
         """Wrap an existing tensor.
 
+        Args:
+            data: the pages.
+            kv_scale: for FP8 formats: a number or a tensor of one element; default 1.
+
         Raises:
-            InputError: it does not have three dims, or its entries are not contiguous.
+            InputError: it does not have three dims, its entries are not contiguous, or a scale does not fit.
         """
         if data.dim() != 3:
             raise InputError(f"the cache is {tuple(data.shape)}: give [num_pages, page_size, kv_lora_rank + rope]")
         if data.stride(2) != 1:
             raise InputError(f"the cache's last stride is {data.stride(2)}: entries must be contiguous")
         self.data: Tensor = data
+        self.kv_scale: Tensor | None = self._scale(kv_scale)
         self._checked_by: Any = None
+
+    def _scale(self, value: Any) -> Tensor | None:
+        import torch
+
+        if not is_fp8(self.dtype):
+            if value is not None:
+                raise InputError(f"kv_scale is given, and the cache is {self.dtype}: only FP8 caches are scaled")
+            return None
+        scale = torch.as_tensor(1.0 if value is None else value, dtype=torch.float32, device=self.data.device)
+        if scale.numel() != 1:
+            raise InputError(f"kv_scale has {scale.numel()} values: give one, for latents and rotated keys together")
+        return scale.reshape(1)
 
     @property
     def num_pages(self) -> int:
@@ -57,6 +75,18 @@ class MlaCache:
         return (
             f"MlaCache({self.num_pages} pages of {self.page_size}, {entry} a token, {self.dtype}, {self.data.device})"
         )
+
+
+def allocate(handle: MlaAttention, num_pages: int, kv_scale: Any) -> MlaCache:
+    """A zero-filled cache of a handle's format. torch 2.6.0 fills none of FP8: its zeros are bytes."""
+    import torch
+
+    if num_pages < 1:
+        raise InputError(f"num_pages={num_pages}: give at least 1")
+    format_ = torch_dtype(handle.request.kv_dtype)
+    size = (num_pages, int(handle.request.page_size), handle.request.entry_dim)
+    stored = torch.uint8 if is_fp8(handle.request.kv_dtype) else format_
+    return MlaCache(torch.zeros(size, dtype=stored, device=handle._torch_device).view(format_), kv_scale=kv_scale)
 
 
 def check_cache(handle: MlaAttention, cache: MlaCache) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from hal._constraints import Anything, Constraint, OneOf, Range, SameAs
+from hal._constraints import Anything, Constraint, Either, OneOf, Range, SameAs
 from hal._kernel import Archs, Band, Kernel
-from hal._portable_common import TORCH, TRITON
+from hal._portable_common import TORCH, TRITON, cache_format
+from hal_ops import FP8_DTYPES
 from hal_ops.mla_attention import PHASES
 
 __all__ = ["KERNELS"]
@@ -18,7 +19,7 @@ _FIELDS: dict[str, Constraint] = {
     "kv_lora_rank": Range(1, None, (512, 48)),
     "qk_rope_head_dim": Range(1, None, (64, 16, 13)),
     "dtype": OneOf(*_FLOATS),
-    "kv_dtype": OneOf(*_FLOATS),
+    "kv_dtype": OneOf(*_FLOATS, *FP8_DTYPES),
     "page_size": Range(1, None, (16, 48)),
     "max_q_len": Range(1, None, (4,)),
     "causal": OneOf(True, False),
@@ -80,7 +81,7 @@ def _triton(phase: str) -> Kernel:
         "kv_lora_rank": OneOf(512, 16, 32, 64, 128, 256),
         "qk_rope_head_dim": OneOf(64, 16, 32, 48, 80, 96, 112, 128),
         "dtype": OneOf("bfloat16", "float16", "float32"),
-        "kv_dtype": SameAs("dtype"),
+        "kv_dtype": Either(SameAs("dtype"), OneOf(*FP8_DTYPES)),
         "max_q_len": Range(1, 16, (4,)),
         "graph": _FLAG,
     }
@@ -93,7 +94,9 @@ def _triton(phase: str) -> Kernel:
         capabilities=frozenset({"triton"}),
         needs=(TORCH, TRITON),
         fields=fields,
+        check=cache_format,
         evidence=_EVIDENCE,
+        note="not run over an FP8 cache",
     )
 
 

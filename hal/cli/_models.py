@@ -23,7 +23,7 @@ __all__ = ["MODELS", "Model", "requests_for"]
 class Model:
     """A model's attention layers, which share one cache; ``layers`` maps each kind to what it adds to ``fields``.
 
-    ``request`` is the op's: latent attention is an op of its own, whose cache has no FP8 form.
+    ``request`` is the op's: latent attention is an op of its own.
     """
 
     name: str
@@ -90,10 +90,10 @@ def requests_for(model: Model, device: Device) -> dict[str, dict[str, Request]]:
     """Name of a cache format to the requests of the model's layers, by kind.
 
     The formats are the compute dtype (bfloat16 where the device has it, else float16), and FP8 where the device
-    declares a format of its own and the op has caches of it. A model without a cache has the one entry ``""``.
+    declares a format of its own. A model without a cache has the one entry ``""``.
     """
     dtype = "float16" if device.capabilities and "bf16" not in device.capabilities else "bfloat16"
-    has_fp8 = device.capabilities & {"fp8_e4m3fn", "fp8_e4m3fnuz"} and model.request is AttentionRequest
+    has_fp8 = device.capabilities & {"fp8_e4m3fn", "fp8_e4m3fnuz"}
     caches = [dtype, "fp8"] if has_fp8 else [dtype]
     if not model.cached:
         return {"": _requests(model, dtype, dtype)}

@@ -157,7 +157,44 @@ def test_forcing_and_refusal() -> None:
     assert handle.kernels()["decode"] == "reference.mla_decode"
     assert handle.kernels()["extend"] == "torch_cpu.mla_extend"
     with pytest.raises(NoKernelError, match="kv_dtype"):
-        hal.get_mla_attention(**SMALL, kv_dtype="float8_e4m3fn")
+        hal.get_mla_attention(**SMALL, kv_dtype="int8")
+
+
+@pytest.mark.parametrize("kernel", [None, "torch", "reference"])
+@pytest.mark.parametrize("kv_dtype", ["fp8", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2"])
+def test_an_fp8_cache_is_read_as_it_was_written(kv_dtype: str, kernel: str | None) -> None:  # requirement B6
+    handle, layer = hal.get_mla_attention(**SMALL, kv_dtype=kv_dtype, kernel=kernel), Layer()
+    exact = "float8_e4m3fn" if kv_dtype == "fp8" else kv_dtype
+    assert handle.request.kv_dtype == exact
+    stored = getattr(torch, exact)
+    for scale in (0.3, torch.tensor(2.0), None):
+        cache = handle.allocate_kv_cache(4, kv_scale=scale)
+        factor = 1.0 if scale is None else float(scale)
+        assert (cache.dtype, cache.kv_scale.dtype) == (exact, torch.float32)
+        assert cache.kv_scale.tolist() == pytest.approx([factor])
+        q, latent = layer.tokens(7)
+        latent[0, 0], latent[1, -1] = 1e9, -1e9
+        kept = (latent / factor).clamp(-torch.finfo(stored).max, torch.finfo(stored).max).to(stored).float() * factor
+        for start, end in ((0, 5), (5, 6), (6, 7)):
+            plan = handle.plan(q_lens=[end - start], kv_lens=[end], block_table=[[2, 1]])
+            out = handle(layer.absorb(q[start:end]), latent[start:end], cache=cache, plan=plan)
+            assert out.dtype == torch.float32
+            torch.testing.assert_close(layer.values(out), layer.naive(q, kept)[start:end], atol=2e-4, rtol=2e-4)
+        written = cache.data[[2, 1]].flatten(0, 1)[:7].float() * factor
+        torch.testing.assert_close(written, kept, atol=0.0, rtol=1e-6)
+
+
+def test_a_scale_is_for_fp8_caches_and_is_one_number() -> None:  # requirement B7
+    handle = hal.get_mla_attention(**SMALL)
+    assert handle.allocate_kv_cache(2).kv_scale is None
+    with pytest.raises(InputError, match="only FP8 caches are scaled"):
+        handle.allocate_kv_cache(2, kv_scale=0.5)
+    pages = torch.zeros(2, 4, 48, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    with pytest.raises(InputError, match="kv_scale has 2 values"):
+        hal.MlaCache(pages, kv_scale=[0.5, 2.0])
+    plan = handle.plan(q_lens=[1], kv_lens=[1], block_table=[[0]])
+    with pytest.raises(InputError, match="dtype is float8_e4m3fn, not float32"):
+        handle(torch.zeros(1, 4, 48), cache=hal.MlaCache(pages), plan=plan)
 
 
 def test_arguments_are_checked_before_anything_is_written() -> None:

@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from hal_ops import resolve_target
+from hal_ops import FP8_DTYPES, resolve_target
+from hal_ops.attention.cases import rounded
 from hal_ops.attention.paged_inputs import make_step
 from hal_ops.mla_attention import MLA_ATTENTION, PHASES, MlaAttentionRequest, torch_latent, torch_mla
 from hal_ops.mla_attention.cases import make_case
+
+REFERENCE = MLA_ATTENTION.reference
 
 SMALL: dict[str, Any] = {
     "num_q_heads": 6,
@@ -72,13 +75,71 @@ def test_a_computed_scale_follows_its_dims() -> None:
 
 
 @pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("kv_dtype", FP8_DTYPES)
+def test_an_fp8_cache_is_read_with_its_scale(phase: str, kv_dtype: str) -> None:  # requirement B6
+    factories = (*(getattr(module, phase) for module in (torch_mla, torch_latent)), resolve_target(REFERENCE[phase]))
+    for more in ({}, {"dtype": "bfloat16", "return_lse": True, "max_q_len": 3}, {"fp8_query": True, "page_size": 7}):
+        request = MlaAttentionRequest(**{**SMALL, **more, "kv_dtype": kv_dtype})
+        for scale in ("normal", "outliers"):
+            case = make_case(request, phase, seed=1, scale=scale)
+            assert case.kwargs["kv_scale"].tolist() == [0.5]
+            assert case.args[1].float().isnan().any()
+            for factory in factories:
+                assert all(case.check(factory(request, "cpu")))
+                assert not all(case.check(_Unscaled(factory(request, "cpu"))))
+
+
+class _Unscaled:
+    """An implementation that forgets the scale."""
+
+    def __init__(self, made: Any) -> None:
+        self._made = made
+        self.plan = made.plan
+
+    def __call__(self, *args: Any, kv_scale: torch.Tensor, **keywords: Any) -> Any:
+        return self._made(*args, **keywords)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_where_it_is_permitted_queries_may_be_rounded_and_not_elsewhere(phase: str) -> None:  # requirement B7
+    request = MlaAttentionRequest(**{**SMALL, "dtype": "bfloat16", "kv_dtype": "float8_e4m3fn"})
+    for permitted in (True, False):
+        case = make_case(request.replace(fp8_query=permitted), phase, seed=1)
+        made = torch_latent.extend(request, "cpu")
+        assert all(case.check(_Rounding(made))) is permitted
+
+
+class _Rounding:
+    """An implementation that rounds its queries as FP8 kernels do."""
+
+    def __init__(self, made: Any) -> None:
+        self._made = made
+        self.plan = made.plan
+
+    def __call__(self, q: torch.Tensor, *args: Any, **keywords: Any) -> Any:
+        return self._made(rounded(q, "float8_e4m3fn"), *args, **keywords)
+
+
+def test_fp8_is_the_flavour_of_the_device() -> None:
+    request = MlaAttentionRequest(**SMALL, kv_dtype="fp8", fp8_query=True)
+    assert request.resolved(frozenset({"fp8_e4m3fnuz"})).kv_dtype == "float8_e4m3fnuz"
+    assert request.resolved(frozenset({"fp8_e4m3fn", "fp8_e4m3fnuz"})).absorbed().kv_dtype == "float8_e4m3fn"
+    assert request.replace(kv_dtype="float8_e5m2").resolved(frozenset()).kv_dtype == "float8_e5m2"
+    assert request.absorbed().fp8_query
+    assert "KV fp8" in request.describe()
+    assert "fp8_query" in request.describe()
+    with pytest.raises(ValueError, match="this device declares none"):
+        request.resolved(frozenset({"bf16"}))
+
+
+@pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
 def test_torch_computes_what_the_reference_does(phase: str, dtype: str) -> None:
     for more in ({}, {"causal": False}, {"return_lse": True, "max_q_len": 3}, {"softmax_scale": 0.3, "page_size": 7}):
         request = MlaAttentionRequest(**{**SMALL, **more, "dtype": dtype})
         for scale in ("normal", "large", "outliers"):
             of_torch = (getattr(torch_mla, phase), getattr(torch_latent, phase))
-            for factory in (*of_torch, resolve_target(MLA_ATTENTION.reference[phase])):
+            for factory in (*of_torch, resolve_target(REFERENCE[phase])):
                 case = make_case(request, phase, seed=1, scale=scale)
                 for comparison in case.check(factory(request, "cpu")):
                     assert comparison.ok, comparison
@@ -88,7 +149,7 @@ def test_the_reference_is_the_formula() -> None:
     request = MlaAttentionRequest(**SMALL, return_lse=True)
     draw = torch.Generator().manual_seed(0)
     q, cache = torch.randn(2, 6, 48, generator=draw), torch.randn(3, 16, 48, generator=draw)
-    implementation = resolve_target(MLA_ATTENTION.reference["extend"])(request, "cpu")
+    implementation = resolve_target(REFERENCE["extend"])(request, "cpu")
     step = make_step([2], [18], torch.tensor([[2, 0]]), 16)
     out, lse = implementation(q, cache, step, implementation.plan(step), return_lse=True)
     entries = torch.cat([cache[2], cache[0]])

@@ -41,6 +41,12 @@ CORNERS: dict[str, dict[str, Any]] = {
     "scale": {"softmax_scale": 0.3},
     "deterministic": {"deterministic": True},
     "graph": {"graph": True, "return_lse": True},
+    "e4m3fn": {"kv_dtype": "float8_e4m3fn", "return_lse": True},
+    "e4m3fn, float32": {"kv_dtype": "float8_e4m3fn", "dtype": "float32", "max_q_len": 2},
+    "e4m3fn, bfloat16, 16 queries": {"kv_dtype": "float8_e4m3fn", "dtype": "bfloat16", "max_q_len": 16},
+    "e4m3fnuz, page 48": {"kv_dtype": "float8_e4m3fnuz", "dtype": "bfloat16", "page_size": 48},
+    "e5m2, graph": {"kv_dtype": "float8_e5m2", "graph": True, "num_q_heads": 20},
+    "e5m2fnuz, rope 48": {"kv_dtype": "float8_e5m2fnuz", "dtype": "bfloat16", "qk_rope_head_dim": 48},
 }
 
 
@@ -74,6 +80,7 @@ def many_splits(request: MlaAttentionRequest, phase: str, device: str, slots: in
     [
         {"return_lse": True},
         {"num_q_heads": 3, "max_q_len": 3},
+        {"return_lse": True, "kv_dtype": "float8_e4m3fn"},
         {"num_q_heads": 20, "page_size": 256, "return_lse": True},
     ],
 )
@@ -145,6 +152,15 @@ def test_a_plan_is_filled_in_place_for_another_step(phase: str, device: str) -> 
         right = reference(request, "cpu")(q[:tokens], cache, here, None)
         torch.testing.assert_close(found[:tokens], right, atol=1e-4, rtol=1e-4)
         assert not found[tokens:].any()
+
+
+def test_a_cache_without_a_scale_is_as_one_whose_scale_is_1(device: str) -> None:
+    request = request_of(kv_dtype="float8_e4m3fn")
+    case = make_case(request, "decode", device=device, lengths=[(1, 40), (1, 3)])
+    impl: Any = triton_mla.decode(request, device)
+    one = torch.ones(1, device=device)
+    payload = impl.plan(case.args[2])
+    assert torch.equal(impl(*case.args, payload), impl(*case.args, payload, kv_scale=one))
 
 
 def test_one_payload_gives_the_same_bits_again(device: str) -> None:

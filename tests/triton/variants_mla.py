@@ -1,4 +1,4 @@
-"""Variants of the kernels of latent attention: every configuration of every arch, in both phases."""
+"""Variants of the kernels of latent attention: every configuration of every arch, in both phases, and FP8 caches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ from hal_ops.mla_attention._triton_mla_kernels import merge_kernel, mla_kernel
 from hal_ops.mla_attention.triton_mla import constants_of, merge_constants_of
 
 KERNELS = "hal_ops.mla_attention._triton_mla_kernels"
-FORMATS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+FP8 = {
+    "float8_e4m3fn": "fp8e4nv",
+    "float8_e5m2": "fp8e5",
+    "float8_e4m3fnuz": "fp8e4b8",
+    "float8_e5m2fnuz": "fp8e5b16",
+}
+FORMATS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", **FP8}
 
 
 def variants() -> list[Variant]:
@@ -25,6 +31,9 @@ def _of(target: Target) -> Iterator[Variant]:
         if config.item == 4:
             yield _variant(target, config, "float32", dtype="float32")
             continue
+        for kv_dtype in FP8:
+            if FP8[kv_dtype] in target.formats:
+                yield _variant(target, config, kv_dtype, kv_dtype=kv_dtype)
         yield _variant(target, config, "bfloat16")
         yield _variant(target, config, "float16, 4 queries, rank 256, page 48", 4, dtype="float16", kv_lora_rank=256, page_size=48)  # noqa: E501 # fmt: skip
     yield _merge(target, max(configs_of(target.name), key=lambda c: c.rows))
@@ -35,8 +44,8 @@ def _variant(target: Target, config: Config, label: str, tokens: int = 1, **fiel
     own = FORMATS[request.dtype]
     names = mla_kernel.arg_names
     strided = [name for name in names if name.endswith("_stride")]
-    signature = dict.fromkeys(("q", "cache", "out"), f"*{own}")
-    signature |= dict.fromkeys(("lse", "partial_out", "partial_lse"), "*fp32")
+    signature = dict.fromkeys(("q", "out"), f"*{own}") | {"cache": f"*{FORMATS[request.kv_dtype]}"}
+    signature |= dict.fromkeys(("lse", "partial_out", "partial_lse", "kv_scale"), "*fp32")
     signature |= dict.fromkeys(("work", "table"), "*i32") | {"tokens": "i32", "scale": "fp32"}
     return Variant(
         kernel=f"{KERNELS}:mla_kernel",
@@ -47,7 +56,7 @@ def _variant(target: Target, config: Config, label: str, tokens: int = 1, **fiel
         options={"num_warps": config.warps, "num_stages": 2},
         targets=(target.name,),
         # gfx11 has 256 registers a thread, too few for sums of latents of 512.
-        main=label == "bfloat16" and target.name != "gfx1100",
+        main=label in ("bfloat16", *FP8) and target.name != "gfx1100",
     )
 
 

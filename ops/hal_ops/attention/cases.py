@@ -25,7 +25,7 @@ from hal_ops.attention.request import AttentionRequest
 from hal_ops.attention.work import CountedCase
 from hal_ops.compare import Comparison, compare, compare_lse
 
-__all__ = ["AttentionCase", "hard_lengths", "indicator_case", "make_case", "moved", "visible_keys"]
+__all__ = ["AttentionCase", "hard_lengths", "indicator_case", "make_case", "moved", "rounded", "visible_keys"]
 
 LENGTHS = (1, 5, 9, 15, 16, 17, 25, 33)
 SCALES = ("normal", "large", "outliers")
@@ -66,7 +66,7 @@ class AttentionCase(CountedCase):
         request = self.request
         case = self
         if request.fp8_query and self.phase != "prefill" and is_fp8(request.kv_dtype):
-            case = dataclasses.replace(self, args=(_rounded(self.args[0], request.kv_dtype), *self.args[1:]))
+            case = dataclasses.replace(self, args=(rounded(self.args[0], request.kv_dtype), *self.args[1:]))
         return case._oracle(torch_dtype(request.dtype))
 
     def check(self, implementation: Callable[..., Any]) -> tuple[Comparison, ...]:
@@ -97,7 +97,7 @@ class AttentionCase(CountedCase):
         return there.call(factory(self.request, self.oracle, accumulate=accumulate, rounded=False))
 
 
-def _rounded(q: Tensor, name: str) -> Tensor:
+def rounded(q: Tensor, name: str) -> Tensor:
     """q as an FP8 format holds it, with one scale: the coarsest of what kernels are permitted."""
     fp8 = torch_dtype(name)
     scale = q.float().abs().max().clamp_min(1e-12) / torch.finfo(fp8).max

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from hal_ops._checks import flag, positive
-from hal_ops._dtypes import dtype_name, is_fp8
+from hal_ops._dtypes import cache_dtype, device_fp8, dtype_name, is_fp8
 from hal_ops._record import record
 from hal_ops._request import AUTO, Request, feature, required
 from hal_ops.kv_layout import KV_LAYOUTS, check_vectors
@@ -138,8 +138,8 @@ class AttentionRequest(Request):
                 "every kv head serves the same number of q heads"
             )
         put(self, "dtype", dtype_name(self.dtype))
-        put(self, "kv_dtype", _kv_dtype(self.kv_dtype, self.dtype))
-        put(self, "qkv_dtype", _kv_dtype(self.qkv_dtype, self.dtype))
+        put(self, "kv_dtype", cache_dtype(self.kv_dtype, self.dtype))
+        put(self, "qkv_dtype", cache_dtype(self.qkv_dtype, self.dtype))
         put(self, "softcap", _softcap(self.softcap))
         put(self, "softmax_scale", _scale(self.softmax_scale, self.head_dim))
         for name in ("causal", "sinks", "alibi", "return_lse", "deterministic", "needs_grad", "graph", "fp8_query"):
@@ -190,15 +190,7 @@ class AttentionRequest(Request):
             ValueError: the device declares neither ``fp8_e4m3fn`` nor ``fp8_e4m3fnuz``.
         """
         generic = [name for name in ("kv_dtype", "qkv_dtype") if getattr(self, name) == "fp8"]
-        if not generic:
-            return self
-        for flavour in ("e4m3fn", "e4m3fnuz"):
-            if f"fp8_{flavour}" in capabilities:
-                return self.replace(**dict.fromkeys(generic, f"float8_{flavour}"))
-        raise ValueError(
-            f"{generic[0]}='fp8' stands for the device's own e4m3 format, and this device declares none "
-            "(fp8_e4m3fn, fp8_e4m3fnuz); name the format exactly, or leave the cache in the compute dtype"
-        )
+        return self.replace(**dict.fromkeys(generic, device_fp8(capabilities))) if generic else self
 
     def extra_keywords(self, phase: str) -> tuple[str, ...]:
         return ("q_scale", "k_scale", "v_scale") if phase == "prefill" and is_fp8(self.qkv_dtype) else ()
@@ -231,12 +223,6 @@ class AttentionRequest(Request):
             "qkv_scale": f"qkv_scale per {self.qkv_scale}",
         }
         return tuple((n, shown.get(n, n)) for n, rule in self.rules().items() if not rule.required)
-
-
-def _kv_dtype(value: Any, dtype: str) -> str:
-    if value in (None, AUTO):
-        return dtype
-    return "fp8" if value == "fp8" else dtype_name(value)
 
 
 def _softcap(value: Any) -> float:

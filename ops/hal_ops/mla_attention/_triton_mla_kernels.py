@@ -4,7 +4,8 @@ A program is one work item (some keys of one row) and one tile: up to ``BLOCK_M`
 pair ``m`` is token ``m // HEADS``, head ``m % HEADS``. A work item is what :mod:`hal_ops.attention._decode_work` says.
 Scores are in base 2.
 
-A block of latents is read once: it is the first part of the keys, and it is the values.
+A block of latents is read once: it is the first part of the keys, and it is the values. One of an FP8 cache is
+converted to the format of the queries, which holds its values exactly; its scale goes to the scores and to the sums.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
@@ -22,15 +23,15 @@ LOG2E = tl.constexpr(1.4426950408889634)
 FIELDS = tl.constexpr(8)
 
 
-@triton.jit(do_not_specialize=["tokens", "table_stride"], do_not_specialize_on_alignment=["table"])
+@triton.jit(do_not_specialize=["tokens", "table_stride"], do_not_specialize_on_alignment=["table", "kv_scale"])
 def mla_kernel(
-    q, cache, out, lse, work, table, partial_out, partial_lse, tokens, scale,
+    q, cache, out, lse, work, table, partial_out, partial_lse, kv_scale, tokens, scale,
     q_token_stride, q_head_stride, page_stride, slot_stride, table_stride,
     HEADS: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr,
     PAGE_SIZE: tl.constexpr, MASKED: tl.constexpr, LSE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, STAGES: tl.constexpr,
+    SCALED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Grid: ``(items * TILES,)``. ``MASKED``: a query does not see the keys behind it."""
+    """Grid: ``(items * TILES,)``. ``MASKED``: a query does not see the keys behind it. ``SCALED``: the cache is FP8."""
     program = tl.program_id(0)
     item = program // TILES
     tile = program % TILES
@@ -60,6 +61,9 @@ def mla_kernel(
     q_latent = tl.load(q_rows + d[None, :], mask=valid[:, None], other=0.0)
     q_rope = tl.load(q_rows + (RANK + r)[None, :], mask=valid[:, None] & (r < ROPE)[None, :], other=0.0)
     factor = scale * LOG2E
+    if SCALED:
+        value_scale = tl.load(kv_scale)
+        factor *= value_scale
 
     table += row.to(tl.int64) * table_stride
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -71,8 +75,9 @@ def mla_kernel(
         used = keys < end
         entries = cache + _offsets(pages, start, n, page_stride, slot_stride, PAGE_SIZE, BLOCK_N)[:, None]
         pages = _pages(table, start + BLOCK_N, end, n, PAGE_SIZE, BLOCK_N)
-        latent = tl.load(entries + d[None, :], mask=used[:, None], other=0.0)
+        latent = tl.load(entries + d[None, :], mask=used[:, None], other=0.0).to(q_latent.dtype)
         rope = tl.load(entries + (RANK + r)[None, :], mask=used[:, None] & (r < ROPE)[None, :], other=0.0)
+        rope = rope.to(q_latent.dtype)
         s = tl.dot(q_latent, tl.trans(latent), input_precision=PRECISION)
         s = tl.dot(q_rope, tl.trans(rope), s, input_precision=PRECISION)
         seen = used[None, :]
@@ -87,6 +92,8 @@ def mla_kernel(
         acc = tl.dot(p.to(latent.dtype), latent, acc * old[:, None], input_precision=PRECISION)
         top = new_top
 
+    if SCALED:
+        acc *= value_scale
     splits = split >> 16
     if splits == 1:
         out += first_token.to(tl.int64) * (HEADS * RANK)

@@ -25,6 +25,17 @@ class _Over:
     def plan(self, step: Step) -> Any:
         return self._paged.plan(step)
 
-    def __call__(self, q: Tensor, cache: Tensor, step: Step, payload: Any, *, return_lse: bool = False) -> Any:
+    def __call__(
+        self,
+        q: Tensor,
+        cache: Tensor,
+        step: Step,
+        payload: Any,
+        *,
+        kv_scale: Tensor | None = None,
+        return_lse: bool = False,
+    ) -> Any:
         keys = cache.unsqueeze(2)
-        return self._paged(q, keys, keys[..., : self._rank], step, payload, return_lse=return_lse)
+        return self._paged(
+            q, keys, keys[..., : self._rank], step, payload, k_scale=kv_scale, v_scale=kv_scale, return_lse=return_lse
+        )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hal_ops._dtypes import torch_dtype
+from hal_ops._dtypes import is_fp8, torch_dtype
 from hal_ops._op import resolve_target
 from hal_ops.attention import cases
 from hal_ops.case import Case
@@ -22,7 +22,10 @@ __all__ = ["MlaCase", "make_case"]
 
 @dataclasses.dataclass(frozen=True)
 class MlaCase(Case):
-    """Inputs of one call: ``args`` are q, cache and step; ``oracle`` is the device that :meth:`expected` computes on."""
+    """Inputs of one call: ``args`` are q, cache and step; ``oracle`` is the device that :meth:`expected` computes on.
+
+    An FP8 cache has its scale in ``kwargs``, as ``kv_scale``.
+    """
 
     request: MlaAttentionRequest
     phase: str
@@ -42,8 +45,18 @@ class MlaCase(Case):
         return self._oracle(torch.float64)
 
     def low_precision(self) -> dict[str, Tensor]:
-        """What plain torch makes of the same formula with every step rounded to the request's dtype."""
-        return self._oracle(torch_dtype(self.request.dtype))
+        """What plain torch makes of the same formula with every step rounded to the request's dtype.
+
+        Where the request permits it, q is rounded to the cache's format first.
+        """
+        case = self
+        if self._fp8_query:
+            case = dataclasses.replace(self, args=(cases.rounded(self.args[0], self.request.kv_dtype), *self.args[1:]))
+        return case._oracle(torch_dtype(self.request.dtype))
+
+    @property
+    def _fp8_query(self) -> bool:
+        return self.request.fp8_query and is_fp8(self.request.kv_dtype)
 
     def check(self, implementation: Callable[..., Any]) -> tuple[Comparison, ...]:
         """Compares out (and lse) by the gates of :mod:`hal_ops.compare`."""
@@ -52,14 +65,19 @@ class MlaCase(Case):
         if found["out"].dtype != torch_dtype(dtype):
             fault = f"its dtype is {found['out'].dtype}; the contract says {torch_dtype(dtype)}"
             return (Comparison(f"{name}: out", (fault,)),)
-        results = [compare(found["out"], right["out"], low["out"], dtype=dtype, name=f"{name}: out")]
+        computed, slack = (self.request.kv_dtype, 2.0) if self._fp8_query else (dtype, 1.0)
+        results = [compare(found["out"], right["out"], low["out"], dtype=computed, name=f"{name}: out", slack=slack)]
         if "lse" in found:
-            results.append(compare_lse(found["lse"], right["lse"], dtype=dtype, name=f"{name}: lse"))
+            results.append(compare_lse(found["lse"], right["lse"], dtype=computed, name=f"{name}: lse"))
         return tuple(results)
 
     def _oracle(self, accumulate: torch.dtype) -> dict[str, Tensor]:
         factory = resolve_target(MLA_ATTENTION.reference[self.phase])
-        there = dataclasses.replace(self, args=tuple(cases.moved(x, self.oracle) for x in self.args))
+        there = dataclasses.replace(
+            self,
+            args=tuple(cases.moved(x, self.oracle) for x in self.args),
+            kwargs={name: cases.moved(x, self.oracle) for name, x in self.kwargs.items()},
+        )
         return there.call(factory(self.request, self.oracle, accumulate=accumulate, rounded=False))
 
 
@@ -80,7 +98,10 @@ def make_case(
     """
     made = cases.make_case(request.absorbed(), phase, device=device, seed=seed, lengths=lengths, scale=scale)
     q, entries, _, step = made.args
-    return MlaCase(request, phase, made.label, (q, entries.squeeze(2), step), made.kwargs, oracle)
+    kwargs = {"return_lse": made.kwargs["return_lse"]}
+    if "k_scale" in made.kwargs:
+        kwargs["kv_scale"] = made.kwargs["k_scale"]
+    return MlaCase(request, phase, made.label, (q, entries.squeeze(2), step), kwargs, oracle)
 
 
 def _variants(request: MlaAttentionRequest, phase: str) -> tuple[dict[str, Any], ...]:

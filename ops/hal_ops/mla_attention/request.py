@@ -6,7 +6,7 @@ import math
 from typing import Any, ClassVar
 
 from hal_ops._checks import flag, positive
-from hal_ops._dtypes import dtype_name
+from hal_ops._dtypes import cache_dtype, device_fp8, dtype_name
 from hal_ops._record import record
 from hal_ops._request import AUTO, Request, feature, required
 from hal_ops.attention import AttentionRequest
@@ -25,7 +25,10 @@ class MlaAttentionRequest(Request):
         kv_lora_rank: elements of the latent, which is a key's first part and the whole value.
         qk_rope_head_dim: elements of the rotated part of q and k, shared by all heads.
         qk_nope_head_dim, v_head_dim: elements a head before absorption, of q and k without the rotated part, and of v.
-        dtype: format of q, of the latents and of the output. kv_dtype: format of the cache (default: ``dtype``).
+        dtype: format of q, of the latents and of the output. kv_dtype: format of the cache, latents and rotated keys
+            alike (default: ``dtype``; ``"fp8"`` becomes the e4m3 flavour of the device). An FP8 cache has one scale.
+        fp8_query: a permission: over an FP8 cache, kernels may round q and the probabilities to the cache's format
+            (faster products, errors of some percent). A kernel that keeps their precision serves such a request too.
         page_size: tokens a page of the cache, or ``"auto"``.
         max_q_len: most queries a sequence in the decode phase (more than 1 for speculative decoding).
         softmax_scale: multiplies q·k; default ``1 / sqrt(qk_nope_head_dim + qk_rope_head_dim)``, written out here.
@@ -38,6 +41,7 @@ class MlaAttentionRequest(Request):
     """
 
     op: ClassVar[str] = "mla_attention"
+    derived: ClassVar[tuple[str, ...]] = ("fp8_query",)
 
     num_q_heads: int = required()
     kv_lora_rank: int = required(default=512, code="head_dim")
@@ -54,6 +58,7 @@ class MlaAttentionRequest(Request):
     deterministic: bool = feature(False)
     graph: bool = feature(False)
     phases: tuple[str, ...] | None = PHASES
+    fp8_query: bool = False
 
     def __post_init__(self) -> None:
         put: Any = object.__setattr__
@@ -63,8 +68,8 @@ class MlaAttentionRequest(Request):
         if self.page_size != AUTO:
             positive("page_size", self.page_size)
         put(self, "dtype", dtype_name(self.dtype))
-        put(self, "kv_dtype", self.dtype if self.kv_dtype in (None, AUTO) else dtype_name(self.kv_dtype))
-        for name in ("causal", "return_lse", "deterministic", "graph"):
+        put(self, "kv_dtype", cache_dtype(self.kv_dtype, self.dtype))
+        for name in ("causal", "return_lse", "deterministic", "graph", "fp8_query"):
             flag(name, getattr(self, name))
         put(self, "softmax_scale", _scale(self))
         put(self, "phases", _phases(self.phases))
@@ -73,6 +78,14 @@ class MlaAttentionRequest(Request):
     def entry_dim(self) -> int:
         """Elements of one cache entry, and of a head of the absorbed q: the latent, then the rotated part."""
         return self.kv_lora_rank + self.qk_rope_head_dim
+
+    def resolved(self, capabilities: frozenset[str]) -> MlaAttentionRequest:
+        """Replace the generic ``kv_dtype="fp8"`` by the e4m3 flavour that the device declares.
+
+        Raises:
+            ValueError: the device declares neither ``fp8_e4m3fn`` nor ``fp8_e4m3fnuz``.
+        """
+        return self.replace(kv_dtype=device_fp8(capabilities)) if self.kv_dtype == "fp8" else self
 
     def absorbed(self) -> AttentionRequest:
         """The same attention as multi-query attention over cache entries, whose first ``kv_lora_rank`` are the value.
@@ -90,6 +103,7 @@ class MlaAttentionRequest(Request):
             max_q_len=self.max_q_len,
             graph=self.graph,
             phases=self.phases,
+            fp8_query=self.fp8_query,
             **self._shared(),
         )
 
@@ -120,7 +134,7 @@ class MlaAttentionRequest(Request):
         ]
         if not self.is_neutral("softmax_scale"):
             parts.append(f"softmax_scale {self.softmax_scale:g}")
-        parts += [name for name in ("return_lse", "deterministic", "graph") if getattr(self, name)]
+        parts += [name for name in ("return_lse", "deterministic", "graph", "fp8_query") if getattr(self, name)]
         if self.max_q_len != 1:
             parts.append(f"max_q_len {self.max_q_len}")
         if self.phases != PHASES:

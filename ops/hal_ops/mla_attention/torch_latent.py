@@ -4,7 +4,7 @@ A row's latents are gathered once and serve as keys and as values, and the heads
 product: what is read and computed is what the formula needs, and no more than one copy of the keys is made.
 
 What :func:`extend` and :func:`decode` honour: any heads and dims; float64, float32, bfloat16 and float16 (the last two
-computed in float32), over a cache of any of these; any page size and number of queries; causal or not; any scale; LSE;
+computed in float32), over a cache of any of these or in FP8 with its scale; any page size and number of queries; causal or not; any scale; LSE;
 deterministic. Not graphs: its groups of rows depend on the lengths.
 """
 
@@ -13,17 +13,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hal_ops._dtypes import torch_dtype
+from hal_ops._dtypes import FP8_DTYPES, torch_dtype
 from hal_ops.attention import masks
 from hal_ops.attention.contract import Step
 from hal_ops.attention.gather import Gather, Group, plan_groups
 from hal_ops.mla_attention.contract import MlaAttention
 from hal_ops.mla_attention.request import MlaAttentionRequest
 
-__all__ = ["DTYPES", "decode", "extend"]
+__all__ = ["DTYPES", "KV_DTYPES", "decode", "extend"]
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
-"""Formats of q, of the cache and of the output."""
+"""Formats of q and of the output."""
+KV_DTYPES = (*DTYPES, *FP8_DTYPES)
+"""Formats of the cache."""
 _SCORES_AT_ONCE = 1 << 24
 
 
@@ -31,7 +33,7 @@ def extend(request: MlaAttentionRequest, device: object) -> MlaAttention:
     """The extend phase.
 
     Raises:
-        ValueError: a dtype that is not in ``DTYPES``, or ``graph=True``.
+        ValueError: a dtype that is not in ``DTYPES`` or ``KV_DTYPES``, or ``graph=True``.
     """
     wrong = [f"{n} {getattr(request, n)}" for n, allowed in _ALLOWED.items() if getattr(request, n) not in allowed]
     if wrong:
@@ -44,7 +46,7 @@ def decode(request: MlaAttentionRequest, device: object) -> MlaAttention:
     return extend(request, device)
 
 
-_ALLOWED = {"dtype": DTYPES, "kv_dtype": DTYPES, "graph": (False,)}
+_ALLOWED = {"dtype": DTYPES, "kv_dtype": KV_DTYPES, "graph": (False,)}
 
 
 class _Latent:
@@ -67,6 +69,7 @@ class _Latent:
         step: Step,
         payload: list[Group],
         *,
+        kv_scale: Tensor | None = None,
         return_lse: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         out = q.new_zeros((*q.shape[:2], self._rank))
@@ -74,8 +77,11 @@ class _Latent:
         for group in payload:
             keys = self._gather(cache.unsqueeze(2), group).squeeze(2)
             queries = group.queries(q).to(self._compute)
+            # Scores and sums are linear in the latents: their scale goes to what there is less of.
+            queries = queries if kv_scale is None else queries * kv_scale.to(self._compute)
             found = [self._attend(part, first, group, keys) for first, part in self._parts(queries, keys)]
-            out[group.tokens] = torch.cat([o for o, _ in found], 1).flatten(0, 1).to(self._dtype)
+            sums = torch.cat([o for o, _ in found], 1).flatten(0, 1)
+            out[group.tokens] = (sums if kv_scale is None else sums * kv_scale.to(self._compute)).to(self._dtype)
             lse[group.tokens] = torch.cat([one for _, one in found], 1).flatten(0, 1).float()
         return (out, lse) if return_lse else out
 

@@ -1,7 +1,7 @@
 """Latent attention on the CPU by torch's own attention, on the absorbed request; see :mod:`.attention.torch_sdpa`.
 
-What the factories honour: any heads and dims; float64, float32, bfloat16, float16, and a cache of any of these; any
-page size; any ``max_q_len``; causal or not; any scale; LSE; deterministic. Not graphs.
+What the factories honour: any heads and dims; float64, float32, bfloat16, float16, and a cache of any of these or in FP8
+with its scale; any page size; any ``max_q_len``; causal or not; any scale; LSE; deterministic. Not graphs.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Latent attention in Triton: absorbed queries over a paged cache of latents, long rows split among programs.
 
 What :func:`extend` and :func:`decode` honour: any number of heads; ``kv_lora_rank`` a power of two from 16 to 512 and
-``qk_rope_head_dim`` a multiple of 16 up to 128; float16, bfloat16 and float32, over a cache of that format; any page
-size and any strides but the last; causal or not; any scale; LSE; any number of queries a row. Each tile of 16 to 64
-pairs of a query token and a head reads the entries again.
+``qk_rope_head_dim`` a multiple of 16 up to 128; float16, bfloat16 and float32, over a cache of that format or an FP8 one
+that Triton converts on the arch, with its scale; any page size and any strides but the last; causal or not; any scale;
+LSE; any number of queries a row. Each tile of 16 to 64 pairs of a query token and a head reads the entries again.
 
 An entry is read once a tile: its latent is the value, and with the rotated part the key. The plan holds work items
 (:mod:`hal_ops.attention._decode_work`) and the memory for partial results, from host lengths only; rows with many
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hal_ops._dtypes import torch_dtype
+from hal_ops._dtypes import is_fp8, torch_dtype
 from hal_ops._gpu import gpu_of
 from hal_ops._launch import Launch
 from hal_ops.attention._decode_work import FIELDS, Cut, Work, most_items, work_of
@@ -33,7 +33,7 @@ from hal_ops.mla_attention.request import MlaAttentionRequest
 __all__ = ["DTYPES", "decode", "extend"]
 
 DTYPES = ("float16", "bfloat16", "float32")
-"""Formats of q, of the cache and of the output."""
+"""Formats of q and of the output, and of a cache that is not FP8."""
 MAX_RANK = 512
 MAX_ROPE = 128
 _MERGED_ROWS = 4
@@ -68,7 +68,7 @@ def _check(request: MlaAttentionRequest) -> None:
         f"{name} {getattr(request, name)}"
         for name, ok in (
             ("dtype", request.dtype in DTYPES),
-            ("kv_dtype", request.kv_dtype == request.dtype),
+            ("kv_dtype", request.kv_dtype == request.dtype or is_fp8(request.kv_dtype)),
             ("kv_lora_rank", 16 <= rank <= MAX_RANK and rank & (rank - 1) == 0),
             ("qk_rope_head_dim", rope <= MAX_ROPE and rope % 16 == 0),
         )
@@ -76,9 +76,9 @@ def _check(request: MlaAttentionRequest) -> None:
     ]
     if wrong:
         raise ValueError(
-            f"triton_mla does not do {', '.join(wrong)}: it takes {', '.join(DTYPES)}, a cache of the same format, a "
-            f"kv_lora_rank that is a power of two from 16 to {MAX_RANK}, and a qk_rope_head_dim that is a multiple of 16 "
-            f"up to {MAX_ROPE}; use hal_ops.mla_attention.reference, which does everything"
+            f"triton_mla does not do {', '.join(wrong)}: it takes {', '.join(DTYPES)}, a cache of the same format or in "
+            f"FP8, a kv_lora_rank that is a power of two from 16 to {MAX_RANK}, and a qk_rope_head_dim that is a multiple "
+            f"of 16 up to {MAX_ROPE}; use hal_ops.mla_attention.reference, which does everything"
         )
 
 
@@ -111,6 +111,7 @@ class _Mla(SplitWork):
         )
         self._cuts_queries = queries is None
         where = self.gpu.device
+        self._one = torch.ones(1, device=where)
         self._launch = Launch(mla_kernel, self._constants, where, num_warps=self.config.warps, num_stages=2)
         self._merge = Launch(merge_kernel, self._merge_constants, where, num_warps=4, num_stages=1)
 
@@ -135,7 +136,14 @@ class _Mla(SplitWork):
         return most_items(self.cut, pieces, tokens)
 
     def __call__(
-        self, q: Tensor, cache: Tensor, step: Step, payload: Payload, *, return_lse: bool = False
+        self,
+        q: Tensor,
+        cache: Tensor,
+        step: Step,
+        payload: Payload,
+        *,
+        kv_scale: Tensor | None = None,
+        return_lse: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         out = q.new_empty((*q.shape[:2], self.width))
         lse = q.new_empty(q.shape[:2], dtype=torch.float32) if return_lse else payload.lse
@@ -147,8 +155,8 @@ class _Mla(SplitWork):
         self._launch(
             payload.programs,
             (return_lse, aligned, q_strides, strides),
-            q, cache, out, lse, payload.work, table, payload.out, payload.lse, tokens, self.request.softmax_scale,
-            q_strides[0], q_strides[1], strides[0], strides[1], table.stride(0),
+            q, cache, out, lse, payload.work, table, payload.out, payload.lse,
+            self._one if kv_scale is None else kv_scale, tokens, self.request.softmax_scale, q_strides[0], q_strides[1], strides[0], strides[1], table.stride(0),
         )  # fmt: skip
         if payload.slots:
             arguments = out, lse, payload.work, payload.out, payload.lse, tokens
@@ -170,6 +178,7 @@ def constants_of(request: MlaAttentionRequest, config: Config, block_m: int, tok
         "MASKED": request.causal and tokens > 1,
         "LSE": key[0],
         "PRECISION": "ieee",
+        "SCALED": is_fp8(request.kv_dtype),
         "BLOCK_M": block_m,
         "BLOCK_N": config.block,
         "BLOCK_P": _power_of_two(request.qk_rope_head_dim),

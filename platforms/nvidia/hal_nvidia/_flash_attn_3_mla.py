@@ -51,7 +51,17 @@ class _Mla:
             return 0
         return (self._most or len(step.slot_mapping)) if self._graph else step.max_q_len
 
-    def __call__(self, q: Tensor, cache: Tensor, step: Step, payload: int, *, return_lse: bool = False) -> Any:
+    def __call__(
+        self,
+        q: Tensor,
+        cache: Tensor,
+        step: Step,
+        payload: int,
+        *,
+        kv_scale: Tensor | None = None,
+        return_lse: bool = False,
+    ) -> Any:
+        """``kv_scale`` is for FP8 caches, which are not declared, so nobody gives one."""
         rank = self._rank
         if not payload or not q.shape[0]:
             return nothing(q, rank, return_lse)

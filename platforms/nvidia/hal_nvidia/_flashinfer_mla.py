@@ -92,7 +92,17 @@ class _Mla:
             )
         return payload
 
-    def __call__(self, q: Tensor, cache: Tensor, step: Step, payload: Lease, *, return_lse: bool = False) -> Any:
+    def __call__(
+        self,
+        q: Tensor,
+        cache: Tensor,
+        step: Step,
+        payload: Lease,
+        *,
+        kv_scale: Tensor | None = None,
+        return_lse: bool = False,
+    ) -> Any:
+        """``kv_scale`` is for FP8 caches, which are not declared, so nobody gives one."""
         rank, tokens = self._rank, payload.tokens
         if not tokens or q.shape[0] != tokens:
             return self._padded(q, cache, step, payload, return_lse)
