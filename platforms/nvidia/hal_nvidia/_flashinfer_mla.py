@@ -11,6 +11,7 @@ import importlib
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import hal
@@ -18,7 +19,7 @@ from hal_nvidia import _flashinfer_pool as pool
 from hal_nvidia._flash import nothing
 from hal_nvidia._flashinfer_pool import Lease
 from hal_nvidia._flashinfer_tables import page_tables
-from hal_ops import torch_dtype
+from hal_ops import is_fp8, torch_dtype
 from hal_ops.attention import Step
 from hal_ops.mla_attention import MlaAttention, MlaAttentionRequest
 
@@ -49,6 +50,9 @@ class _Mla:
         self._make = functools.partial(
             importlib.import_module("flashinfer").BatchMLAPagedAttentionWrapper, backend=backend
         )
+        # Its own scales of an FP8 cache are numbers of the host, which would be waited for, and it rounds them to bf16.
+        fp8 = is_fp8(request.kv_dtype)
+        self._unscaled: dict[str, float] = {"ckv_scale": 1.0, "kpe_scale": 1.0} if fp8 else {}
         self._arguments = {
             "num_heads": request.num_q_heads,
             "head_dim_ckv": request.kv_lora_rank,
@@ -102,23 +106,29 @@ class _Mla:
         kv_scale: Tensor | None = None,
         return_lse: bool = False,
     ) -> Any:
-        """``kv_scale`` is for FP8 caches, which are not declared, so nobody gives one."""
         rank, tokens = self._rank, payload.tokens
         if not tokens or q.shape[0] != tokens:
-            return self._padded(q, cache, step, payload, return_lse)
+            return self._padded(q, cache, step, payload, kv_scale, return_lse)
+        out = q.new_empty((*q.shape[:2], rank))
+        if kv_scale is not None:
+            q = torch.mul(q, kv_scale, out=torch.empty_like(q))
         found = payload.run(
             q[..., :rank], q[..., rank:], cache[..., :rank], cache[..., rank:],
-            out=q.new_empty((*q.shape[:2], rank)), return_lse=return_lse,
+            out=out, return_lse=return_lse, **self._unscaled,
         )  # fmt: skip
-        return (found[0], found[1].mul_(_LN_2)) if return_lse else found
+        if kv_scale is not None:
+            torch.mul(out, kv_scale, out=out)
+        return (out, found[1].mul_(_LN_2)) if return_lse else out
 
-    def _padded(self, q: Tensor, cache: Tensor, step: Step, payload: Lease, return_lse: bool) -> Any:
+    def _padded(
+        self, q: Tensor, cache: Tensor, step: Step, payload: Lease, kv_scale: Tensor | None, return_lse: bool
+    ) -> Any:
         """A call with tokens beside those of the plan, which come last and see no key."""
         if q.shape[0] < payload.tokens:
             raise ValueError(f"q has {q.shape[0]} tokens, and the plan is for {payload.tokens}")
         whole = nothing(q, self._rank, return_lse)
         if payload.tokens:
-            found = self(q[: payload.tokens], cache, step, payload, return_lse=return_lse)
+            found = self(q[: payload.tokens], cache, step, payload, kv_scale=kv_scale, return_lse=return_lse)
             for mine, given in zip(whole, found, strict=True) if return_lse else ((whole, found),):
                 mine[: payload.tokens] = given
         return whole

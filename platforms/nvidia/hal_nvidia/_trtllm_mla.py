@@ -16,6 +16,8 @@ from torch.nn import functional
 import hal
 from hal_nvidia import _flashinfer_pool as pool
 from hal_nvidia._flash import nothing
+from hal_nvidia._fp8_query import quantizer
+from hal_ops import is_fp8
 from hal_ops.attention import Step
 from hal_ops.mla_attention import MlaAttention, MlaAttentionRequest
 
@@ -50,10 +52,10 @@ class _Decode:
             "qk_nope_head_dim": request.qk_nope_head_dim,
             "kv_lora_rank": request.kv_lora_rank,
             "qk_rope_head_dim": request.qk_rope_head_dim,
-            "bmm1_scale": request.softmax_scale,
-            "bmm2_scale": 1.0,
             "backend": "trtllm-gen",
         }
+        self._scale = request.softmax_scale
+        self._quantize: Any = quantizer(request.absorbed(), device) if is_fp8(request.kv_dtype) else None
 
     def plan(self, step: Step) -> Work:
         """The work buffer of the current stream, and the block table. Waits for nothing."""
@@ -66,31 +68,49 @@ class _Decode:
             table=functional.pad(step.block_table, (0, missing)) if missing else step.block_table,
         )
 
-    def __call__(self, q: Tensor, cache: Tensor, step: Step, payload: Work, *, return_lse: bool = False) -> Any:
+    def __call__(
+        self,
+        q: Tensor,
+        cache: Tensor,
+        step: Step,
+        payload: Work,
+        *,
+        kv_scale: Tensor | None = None,
+        return_lse: bool = False,
+    ) -> Any:
         tokens = payload.tokens
         if q.shape[0] != tokens or not tokens:
-            return self._padded(q, cache, step, payload, return_lse)
+            return self._padded(q, cache, step, payload, kv_scale, return_lse)
         rows = tokens // payload.queries
+        scale: float | Tensor = self._scale if kv_scale is None else kv_scale * self._scale
+        q = q.contiguous()  # declared in Kernel.copies
+        if self._quantize is not None:
+            q, q_scale = self._quantize(q)
+            scale = q_scale * scale
         found = self._function(
-            q.contiguous().view(rows, payload.queries, *q.shape[1:]),  # declared in Kernel.copies
+            q.view(rows, payload.queries, *q.shape[1:]),
             cache,
             payload.buffer,
             block_tables=payload.table[:rows],
             seq_lens=step.kv_lens[:rows],
             max_seq_len=step.max_kv_len,
+            bmm1_scale=scale,
+            bmm2_scale=1.0 if kv_scale is None else kv_scale,
             return_lse=return_lse,
             **self._told,
         )
         out = (found[0] if return_lse else found).view(tokens, q.shape[1], self._rank)
         return (out, found[1].view(tokens, q.shape[1]).mul_(_LN_2)) if return_lse else out
 
-    def _padded(self, q: Tensor, cache: Tensor, step: Step, payload: Work, return_lse: bool) -> Any:
+    def _padded(
+        self, q: Tensor, cache: Tensor, step: Step, payload: Work, kv_scale: Tensor | None, return_lse: bool
+    ) -> Any:
         """A call with tokens beside those of the step's rows, which come last and see no key."""
         if q.shape[0] < payload.tokens:
             raise ValueError(f"q has {q.shape[0]} tokens, and the plan is for {payload.tokens}")
         whole = nothing(q, self._rank, return_lse)
         if payload.tokens:
-            part = self(q[: payload.tokens], cache, step, payload, return_lse=return_lse)
+            part = self(q[: payload.tokens], cache, step, payload, kv_scale=kv_scale, return_lse=return_lse)
             pairs = zip(whole, part, strict=True) if return_lse else [(whole, part)]
             for into, found in pairs:
                 into[: payload.tokens] = found

@@ -6,6 +6,8 @@ Read from flashinfer-python 0.5.3 to 0.6.18.post1 (``flashinfer/mla*``, ``includ
   (``DISPATCH_SMEM_CONFIG``); fa3 is built for sm_90a alone.
 * dims 512 and 64, of which its documentation speaks; float16 and bfloat16; any page size and strides, which are told
   for queries and caches apart. Slots past a row's length are read as zeros (``kFillZero``).
+* an e4m3 cache on sm_90 alone, with bfloat16 queries, which keep their precision: fa3 since 0.6.14, fa2 since 0.6.18.
+  Each block is converted to bfloat16 in shared memory (``repack_fp8_kv_to_bf16``).
 * the LSE is in base 2. The scale is explicit. Rows without keys cannot be: a step's queries are among its keys.
 * graphs are not declared: the size of the launch depends on the mean number of queries a row (``MLAPlan``,
   ``cluster_size``), and rows that a smaller step leaves empty change it.
@@ -16,8 +18,18 @@ Bands: as flashinfer's other decode kernels where fa3 is, and as its prefill whe
 
 from __future__ import annotations
 
-from hal import Anything, Archs, Band, Constraint, Kernel, Needs, OneOf, Range, SameAs
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import hal
+from hal import Anything, Archs, Band, Constraint, Either, Kernel, Needs, OneOf, Pairs, Range, Reason, SameAs
 from hal_nvidia.flashinfer_kernels import toolkit, versions_from
+from hal_ops import is_fp8
+from hal_ops.mla_attention import MlaAttentionRequest
+
+if TYPE_CHECKING:
+    from hal import Device
+    from hal_ops import Request
 
 __all__ = ["KERNELS"]
 
@@ -28,13 +40,37 @@ _FIELDS: dict[str, Constraint] = {
     "kv_lora_rank": OneOf(512),
     "qk_rope_head_dim": OneOf(64),
     "dtype": OneOf("bfloat16", "float16"),
-    "kv_dtype": SameAs("dtype"),
+    "kv_dtype": Either(SameAs("dtype"), Pairs("dtype", ("bfloat16", "float8_e4m3fn"))),
     "page_size": Range(1, None, (16, 48)),
     "max_q_len": Range(1, None, (4,)),
     "causal": OneOf(True, False),
     "softmax_scale": Range(2**-8, 8, (0.3,)),
     "return_lse": OneOf(False, True),
 }
+
+
+def _fa2(request: Request, device: Device) -> Sequence[Reason]:
+    return (*toolkit(request, device), *_fp8(request, device, ">=0.6.18"))
+
+
+def _fa3(request: Request, device: Device) -> Sequence[Reason]:
+    return (*toolkit(request, device), *_fp8(request, device, ">=0.6.14"))
+
+
+def _fp8(request: Request, device: Device, versions: str) -> list[Reason]:
+    """Why an FP8 cache is not read here."""
+    assert isinstance(request, MlaAttentionRequest)
+    found: list[Reason] = []
+    if not is_fp8(request.kv_dtype):
+        return found
+    if device.arch.name != "sm_90":
+        text = f"flashinfer reads a cache of FP8 latents on sm_90 alone; this is {device.arch}"
+        found.append(Reason("dtype", text, "kv_dtype", request.kv_dtype, request.dtype))
+    version = hal.installed("flashinfer-python")
+    if version is not None and version.satisfies(versions) is False:
+        text = f"a cache of FP8 latents needs flashinfer-python {versions}; {version} is installed"
+        found.append(Reason("version_too_old", text, "library", str(version), versions))
+    return found
 
 
 def _kernel(backend: str, priority: int, archs: tuple[str, ...]) -> Kernel:
@@ -48,7 +84,8 @@ def _kernel(backend: str, priority: int, archs: tuple[str, ...]) -> Kernel:
         needs=(Needs("torch", ">=2.6"), versions_from(">=0.5.3,<0.7", _BECAUSE)),
         capabilities=frozenset({"bf16"}),
         fields=_FIELDS,
-        check=toolkit,
+        check=_fa3 if backend == "fa3" else _fa2,
+        copies="q, once more, over an FP8 cache",
         evidence={"*": "emulated"},
         note=f"BatchMLAPagedAttentionWrapper, {backend}",
     )

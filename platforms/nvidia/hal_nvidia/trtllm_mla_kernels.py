@@ -3,7 +3,10 @@
 Read from flashinfer-python 0.6.13 to 0.7.4 (``flashinfer/mla/_core.py``, ``trtllm_batch_decode_with_kv_cache_mla``):
 
 * backend ``trtllm-gen``, named here: ``"auto"`` may become cuTe DSL's by measurement. It is for sm_100 and sm_103.
-* the output is bfloat16, whatever the queries are: bfloat16 alone is declared. e4m3 goes with e4m3 queries.
+* the output is bfloat16, whatever the queries are: bfloat16 alone is declared. An e4m3 cache goes with e4m3 queries
+  (upstream's ``tests/attention/test_trtllm_gen_mla.py`` has these two pairs), hence ``fp8_query``. The two scales may
+  be float32 tensors then, which the function takes to base 2 itself; one scale of the cache is in both. The LSE of
+  that pair is tested by nobody upstream (``check_lse``), and not declared.
 * dims 512 and 64 (it has 256 and 64 too), made of keys of 128 or 64, as its documentation says; pages of 32 or 64
   tokens; the block table's width is a multiple of 128 tokens.
 * queries are ``[rows, queries, heads, 576]``, read by shape, as many for each row; more than one are causal.
@@ -19,8 +22,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hal import Anything, Archs, Band, Constraint, Kernel, Needs, OneOf, Range, Reason, SameAs
+from hal import Anything, Archs, Band, Constraint, Either, Kernel, Needs, OneOf, Pairs, Range, Reason, SameAs
 from hal_nvidia.flashinfer_kernels import toolkit, versions_from
+from hal_ops import is_fp8
 from hal_ops.mla_attention import MlaAttentionRequest
 
 if TYPE_CHECKING:
@@ -34,7 +38,8 @@ _FIELDS: dict[str, Constraint] = {
     "kv_lora_rank": OneOf(512),
     "qk_rope_head_dim": OneOf(64),
     "dtype": OneOf("bfloat16"),
-    "kv_dtype": SameAs("dtype"),
+    "kv_dtype": Either(SameAs("dtype"), Pairs("fp8_query", (True, "float8_e4m3fn"))),
+    "fp8_query": OneOf(False, True),
     "page_size": OneOf(64, 32),
     "max_q_len": Range(1, 8, (4,)),
     "causal": OneOf(True),
@@ -46,7 +51,11 @@ _NOPE_DIMS = (128, 64)
 
 def _check(request: Request, device: Device) -> Sequence[Reason]:
     found = list(toolkit(request, device))
-    if isinstance(request, MlaAttentionRequest) and request.qk_nope_head_dim not in _NOPE_DIMS:
+    assert isinstance(request, MlaAttentionRequest)
+    if is_fp8(request.kv_dtype) and request.return_lse:
+        text = "return_lse over an FP8 cache: what trtllm-gen gives there is tested by nobody"
+        found.append(Reason("feature_unsupported", text, "return_lse"))
+    if request.qk_nope_head_dim not in _NOPE_DIMS:
         text = f"qk_nope_head_dim {request.qk_nope_head_dim}; needs 128 or 64"
         found.append(Reason("head_dim", text, "qk_nope_head_dim", str(request.qk_nope_head_dim), "128 or 64"))
     return found
@@ -63,7 +72,8 @@ KERNELS = (
         needs=(Needs("torch", ">=2.6"), versions_from(">=0.6.13", "it gives the LSE since then")),
         fields=_FIELDS,
         check=_check,
-        copies="q, where it is a view that is not contiguous; a block table whose width is no multiple of 128 tokens",
+        copies="q, where it is a view that is not contiguous; a block table whose width is no multiple of 128 tokens; "
+        "q, into FP8 where fp8_query permits it",
         evidence={"*": "emulated"},
         note="trtllm_batch_decode_with_kv_cache_mla",
     ),

@@ -16,7 +16,7 @@ from hal_ops.mla_attention import MlaAttentionRequest
 from hal_rocm._aiter_paged import Places
 from hal_rocm._slots import gap_of, tokens
 
-__all__ = ["decode"]
+__all__ = ["decode", "fp8_decode"]
 
 _MOST_BYTES = 1 << 31
 """Of a cache, that 32-bit offsets reach."""
@@ -25,6 +25,11 @@ _MOST_BYTES = 1 << 31
 def decode(request: MlaAttentionRequest, device: hal.Device) -> Decode:
     """The decode phase: one query a row."""
     return Decode(request, importlib.import_module("aiter.mla").mla_decode_fwd)
+
+
+def fp8_decode(request: MlaAttentionRequest, device: hal.Device) -> Fp8Decode:
+    """The same over a cache in FP8."""
+    return Fp8Decode(request, device, importlib.import_module("aiter.mla").mla_decode_fwd)
 
 
 @dataclasses.dataclass
@@ -65,18 +70,28 @@ class Decode:
             keyless=torch.tensor(without).to(device, non_blocking=True) if without else None,
         )
 
-    def __call__(self, q: Tensor, cache: Tensor, step: Step, payload: Rows, *, return_lse: bool = False) -> Tensor:
+    def __call__(
+        self,
+        q: Tensor,
+        cache: Tensor,
+        step: Step,
+        payload: Rows,
+        *,
+        kv_scale: Tensor | None = None,
+        return_lse: bool = False,
+    ) -> Tensor:
         """``return_lse`` is not declared, so nobody asks for it."""
         count = payload.count
         out = q.new_empty((*q.shape[:2], self._rank))
         out[count:] = 0.0
-        if count:
+        if count and sum(step.kv_lens_host):
             entries = cache.unsqueeze(2)
             gap = gap_of(entries, entries)
             pages = tokens(entries, gap).unsqueeze(1)
             _check_reach(pages)
+            given, scales = self._inputs(q[:count].contiguous(), kv_scale)  # declared in Kernel.copies
             self._function(
-                q[:count].contiguous(),  # declared in Kernel.copies
+                given,
                 pages,
                 out[:count],
                 payload.lengths,
@@ -85,10 +100,33 @@ class Decode:
                 payload.last,
                 1,
                 sm_scale=self._scale,
+                **scales,
             )
         if payload.keyless is not None:
             out[payload.keyless] = 0.0
         return out
+
+    def _inputs(self, q: Tensor, kv_scale: Tensor | None) -> tuple[Tensor, dict[str, Any]]:
+        """The queries, and what is said only of FP8 caches."""
+        return q, {}
+
+
+class Fp8Decode(Decode):
+    """Queries in the cache's format, each row in one piece."""
+
+    def __init__(self, request: MlaAttentionRequest, device: hal.Device, function: Callable[..., Any]) -> None:
+        super().__init__(request, function)
+        made = hal.get_op(
+            "fp8_quantize", hidden_size=request.entry_dim, dtype=request.dtype, fp8_dtype=request.kv_dtype,
+            granularity="tensor", device=device,
+        )  # fmt: skip
+        self._quantize: Callable[[Tensor], tuple[Tensor, Tensor]] = made.fn
+        self._one = torch.ones(1, device=device.torch_device())
+
+    def _inputs(self, q: Tensor, kv_scale: Tensor | None) -> tuple[Tensor, dict[str, Any]]:
+        values, q_scale = self._quantize(q)
+        kv_scale = self._one if kv_scale is None else kv_scale
+        return values, {"q_scale": q_scale.view(1), "kv_scale": kv_scale, "num_kv_splits": 1}
 
 
 def _check_reach(pages: Tensor) -> None:

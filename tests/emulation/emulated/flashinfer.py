@@ -36,7 +36,7 @@ IEEE_SINCE = ">=0.7.2"
 def emulations(version: str, arch: str) -> dict[str, Any]:
     """Name to function or class, as a version behaves on an arch."""
     masked = -math.inf if hal.Version.parse(version).satisfies(IEEE_SINCE) else -5e4
-    facts = {"arch": arch, "masked": masked}
+    facts = {"arch": arch, "masked": masked, "version": version}
     kept = {name.partition(":")[2] for name in functions(LIBRARY, version)}
     found: dict[str, Any] = {f.__name__: _function(f, version) for f in FUNCTIONS if f.__name__ in kept}
     for owner, base in CLASSES.items():

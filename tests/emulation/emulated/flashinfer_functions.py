@@ -145,19 +145,24 @@ def trtllm_batch_decode_with_kv_cache_mla(
     size, entry = kv_cache.shape[1:]
     assert (kv_lora_rank, qk_rope_head_dim, dim, entry) == (512, 64, 576, 576), "Unsupported MLA dimensions"
     assert qk_nope_head_dim in (64, 128)
-    assert query.dtype == kv_cache.dtype == torch.bfloat16
+    assert query.dtype == kv_cache.dtype
+    assert query.dtype in (torch.bfloat16, torch.float8_e4m3fn)
+    assert query.dtype == torch.bfloat16 or not return_lse, "what it gives there is not known"
     assert query.is_contiguous(), "q is read by its shape"
     assert size in (32, 64), "trtllm-gen requires block_size in (32, 64)"
     assert block_tables.shape[0] == len(seq_lens) == rows, "Expected batch size"
     assert block_tables.shape[1] % (128 / size) == 0, "Expected block_num % (128 / block_size) == 0"
     assert int(seq_lens.max()) <= max_seq_len
     _zeroed(workspace_buffer)
-    keys, masks = kv_cache.unsqueeze(2), Masks(True, -1, 0.0, float(bmm1_scale))
-    assert bmm2_scale == 1.0
+    if query.dtype == torch.bfloat16:
+        assert isinstance(bmm1_scale, float), "scales on the device are for FP8 tensor cores"
+    scale, v_scale = _scaled(query, bmm1_scale, bmm2_scale)
+    keys, masks = kv_cache.unsqueeze(2), Masks(True, -1, 0.0, scale)
+    wide = query if query.dtype == torch.bfloat16 else query.float()
     out, lse = _by_table(
-        query.flatten(0, 1), (keys, keys[..., :512]), block_tables, [queries] * rows, seq_lens, masks, None, "NHD"
+        wide.flatten(0, 1), (keys, keys[..., :512]), block_tables, [queries] * rows, seq_lens, masks, None, "NHD"
     )
-    out = out.view(rows, queries, heads, 512)
+    out = (out * v_scale).bfloat16().view(rows, queries, heads, 512)
     return (out, lse) if return_lse else out
 
 
