@@ -105,7 +105,9 @@ def make_case(
 
 
 def _variants(request: MlaAttentionRequest, phase: str) -> tuple[dict[str, Any], ...]:
-    return {"scale": "large"}, {"scale": "outliers"}
+    # Of a logit of 40, FP8 queries are off by one: whichever of two keys then wins is no error of the kernel.
+    rounded = request.fp8_query and is_fp8(request.kv_dtype)
+    return ({"scale": "outliers"},) if rounded else ({"scale": "large"}, {"scale": "outliers"})
 
 
 make_case.variants = _variants  # type: ignore[attr-defined]

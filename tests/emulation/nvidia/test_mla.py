@@ -176,6 +176,44 @@ def test_flashinfer_is_given_one_plan_a_step_and_two_views_of_the_cache() -> Non
     hal.reset()
 
 
+@pytest.mark.parametrize(("name", "since"), [("flashinfer_fa3", "0.6.14"), ("flashinfer_fa2", "0.6.18")])
+def test_flashinfer_reads_fp8_latents_on_hopper_with_its_scale_on_the_device(
+    name: str, since: str
+) -> None:  # requirement B6, P38
+    kernel = FLASHINFER[f"{name}.mla_decode"]
+    wanted = request_of(kv_dtype="float8_e4m3fn", return_lse=True, max_q_len=2)
+    new = [v for v in VERSIONS if hal.Version.parse(v).satisfies(f">={since}")]
+    for version in new:
+        with wrapped(version=version) as held:
+            result = hardware.check(kernel, wanted)
+            assert result.ok, str(result)
+            runs = held.called(f"{WRAPPER}.run")
+            assert {(c.arguments["ckv_scale"], c.arguments["kpe_scale"]) for c in runs} == {(1.0, 1.0)}
+    assert new
+    old = next(v for v in reversed(VERSIONS) if v not in new)
+    for device, version, field in (("sm_90", old, "library"), ("sm_100", VERSIONS[-1], "kv_dtype")):
+        with hal.simulate(f"nvidia:{device},cuda=13.0", libraries={"torch": "2.13.0", flashinfer.LIBRARY: version}):
+            candidates = hal.select(wanted).choices["decode"].candidates
+        found = next(c.reasons for c in candidates if c.kernel.name == kernel.name)
+        assert field in {r.field for r in found} or name == "flashinfer_fa3" and device == "sm_100"
+
+
+def test_a_handle_on_hopper_decodes_fp8_latents_with_flashinfer() -> None:  # requirement B6
+    hal.reset()
+    with wrapped():
+        handle = hal.get_mla_attention(num_q_heads=4, kv_dtype="fp8", device=hardware.device_of("sm_90"))
+        assert handle.kernels()["decode"] == "flashinfer_fa3.mla_decode"
+        cache = handle.allocate_kv_cache(4, kv_scale=0.5)
+        host = hal.get_mla_attention(num_q_heads=4, kv_dtype="float8_e4m3fn", device="cpu", page_size=64)
+        there = hal.MlaCache(cache.data, kv_scale=0.5)
+        latent, q = torch.randn(1, 576).bfloat16(), torch.randn(1, 4, 576).bfloat16()
+        step = {"q_lens": [1], "kv_lens": [1], "block_table": [[2]], "max_batch": 3}
+        for made, held in ((handle, cache), (host, there)):
+            out = made(q, latent, cache=held, plan=made.plan(**step))
+            torch.testing.assert_close(out.float(), latent[:, None, :512].float().expand(1, 4, -1), atol=0.2, rtol=0.07)
+    hal.reset()
+
+
 def test_a_step_that_flashinfers_plan_has_no_room_for_is_an_error() -> None:
     from hal_nvidia import _flashinfer_mla
 

@@ -72,6 +72,24 @@ def test_a_block_table_has_a_width_that_is_taken(page_size: int, pages: int, wid
     assert (payload.table is step.block_table) == (width == pages)
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+def test_an_fp8_cache_takes_fp8_queries_where_they_are_permitted(version: str) -> None:  # requirement B6, B7
+    wanted = request(kv_dtype="float8_e4m3fn", fp8_query=True, max_q_len=2, softmax_scale=0.3)
+    with installed(version=version) as held:
+        result = hardware.check(KERNEL, wanted, "sm_100")
+        assert result.ok, str(result)
+    for call in held.called(FUNCTION):
+        assert call.passed["query"].dtype == call.passed["kv_cache"].dtype == torch.float8_e4m3fn
+        assert call.passed["bmm1_scale"].numel() == 1
+        assert call.passed["bmm2_scale"].tolist() == [0.5]
+
+
+def test_what_permits_fp8_queries_changes_nothing_without_an_fp8_cache() -> None:
+    with installed() as held:
+        assert hardware.check(KERNEL, request(fp8_query=True), "sm_100").ok
+    assert {call.passed["query"].dtype for call in held.called(FUNCTION)} == {torch.bfloat16}
+
+
 def test_rows_that_there_are_not_are_left_out() -> None:  # requirement P37
     hal.reset()
     with installed() as held:
@@ -114,6 +132,9 @@ def test_a_step_without_queries_does_not_reach_the_library() -> None:
         ({"deterministic": True}, "deterministic"),
         ({"qk_rope_head_dim": 32}, "qk_rope_head_dim"),
         ({"qk_nope_head_dim": 192}, "qk_nope_head_dim"),
+        ({"kv_dtype": "fp8"}, "kv_dtype"),
+        ({"kv_dtype": "float8_e5m2", "fp8_query": True}, "kv_dtype"),
+        ({"kv_dtype": "fp8", "fp8_query": True, "return_lse": True}, "return_lse"),
     ],
 )
 def test_what_it_does_not_do_is_refused(fields: dict[str, Any], field: str) -> None:  # requirement P22, D11

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import emulated.signatures
@@ -17,11 +18,19 @@ from hal_ops.mla_attention import MlaAttentionRequest
 from hal_ops.mla_attention.cases import make_case
 
 NAME = "aiter.mla_decode"
+OVER_FP8 = "aiter.mla_fp8_decode"
+FLAVOUR = {"gfx942": "float8_e4m3fnuz", "gfx950": "float8_e4m3fn"}
 VERSIONS = [
     *(("amd-aiter-wheel", v) for v in emulated.signatures.versions("amd-aiter-wheel")),
     *(("amd-aiter", v) for v in emulated.signatures.versions("amd-aiter")),
 ]
 AITER = {"torch": "2.9.1", "triton": "3.4.0", "amd-aiter": "0.1.20.post1"}
+
+
+@pytest.fixture(autouse=True)
+def quantizes_without_triton() -> Iterator[None]:
+    with hal.override(op_fp8_quantize="torch"):  # Triton's cannot run here
+        yield
 
 
 def request(**fields: Any) -> MlaAttentionRequest:
@@ -43,6 +52,59 @@ def test_calls_bind_in_every_supported_version(version: tuple[str, str]) -> None
         result = check(KERNELS[NAME], request(softmax_scale=0.3), device=device_of())
         assert result.ok, result
     assert {call.passed["sm_scale"] for call in library.called("mla_decode_fwd")} == {0.3}
+
+
+@pytest.mark.parametrize("arch", FLAVOUR)
+def test_an_fp8_cache_takes_queries_of_its_format_and_a_scale_of_each(arch: str) -> None:  # requirement B6, B7
+    with installed() as library:
+        results = check_corners(OVER_FP8, arch, 4)
+        assert len(results) == 4
+    for call in library.called("mla_decode_fwd"):
+        assert call.passed["q"].dtype == call.passed["kv_buffer"].dtype == getattr(torch, FLAVOUR[arch])
+        assert call.passed["kv_scale"].tolist() == [0.5]
+        assert call.passed["num_kv_splits"] == 1
+
+
+@pytest.mark.parametrize("version", [v for name, v in VERSIONS if hal.Version.parse(v).satisfies(">=0.1.12")])
+def test_calls_over_fp8_bind_in_every_supported_version(version: str) -> None:  # requirement A4, P39
+    with installed(version):
+        wanted = request(kv_dtype="float8_e4m3fnuz", fp8_query=True, num_q_heads=128)
+        result = check(KERNELS[OVER_FP8], wanted, device=device_of())
+        assert result.ok, result
+
+
+def test_over_fp8_rows_without_keys_are_cleared_and_what_no_row_has_is_not_looked_at() -> None:  # requirement B15
+    wanted = request(kv_dtype="float8_e4m3fnuz", fp8_query=True)
+    cache = torch.randn(2, 16, 576).to(torch.float8_e4m3fnuz)
+    q = torch.randn(4, 16, 576).bfloat16()
+    q[2:] = torch.nan
+    for kv_lens, seen in (([3, 0], [True, False]), ([0, 0], [False, False])):
+        step = make_step([1, 1], kv_lens, torch.tensor([[1], [7]]), 16)
+        with installed() as library:
+            impl = built(OVER_FP8, wanted)
+            out = impl(q, cache, step, impl.plan(step))
+        assert [bool(row.any()) for row in out] == [*seen, False, False]
+        assert out.isfinite().all()
+        assert len(library.calls) == any(kv_lens)
+
+
+@pytest.mark.parametrize(
+    ("change", "version", "field"),
+    [
+        ({"fp8_query": False}, "0.1.20.post1", "kv_dtype"),
+        ({"kv_dtype": "float8_e4m3fn"}, "0.1.20.post1", "kv_dtype"),
+        ({}, "0.1.10", "library"),
+        ({"num_q_heads": 32}, "0.1.20.post1", "num_q_heads"),
+    ],
+)
+def test_over_fp8_what_it_does_not_do_is_refused(change: dict[str, Any], version: str, field: str) -> None:
+    wanted = request(**{"kv_dtype": "fp8", "fp8_query": True, **change})
+    with hal.simulate("rocm:gfx942,hip=6.4", libraries={**AITER, "amd-aiter": version}):
+        candidates = hal.select(wanted).choices["decode"].candidates
+        reasons = next(c.reasons for c in candidates if c.kernel.name == OVER_FP8)
+        assert field in {r.field for r in reasons}
+    with hal.simulate("rocm:gfx942,hip=6.4", libraries=AITER):
+        assert hal.select(request(kv_dtype="fp8", fp8_query=True)).kernels() == {"decode": OVER_FP8}
 
 
 @pytest.mark.parametrize("page_size", [1, 3, 16, 64])
