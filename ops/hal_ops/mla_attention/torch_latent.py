@@ -4,8 +4,8 @@ A row's latents are gathered once and serve as keys and as values, and the heads
 product: what is read and computed is what the formula needs, and no more than one copy of the keys is made.
 
 What :func:`extend` and :func:`decode` honour: any heads and dims; float64, float32, bfloat16 and float16 (the last two
-computed in float32), over a cache of any of these or in FP8 with its scale; any page size and number of queries; causal or not; any scale; LSE;
-deterministic. Not graphs: its groups of rows depend on the lengths.
+computed in float32), over a cache of any of these or in FP8 with its scale; any page size and number of queries; causal
+or not; any scale; LSE; deterministic. Not graphs: its groups of rows depend on the lengths.
 """
 
 from __future__ import annotations

@@ -156,7 +156,8 @@ class _Mla(SplitWork):
             payload.programs,
             (return_lse, aligned, q_strides, strides),
             q, cache, out, lse, payload.work, table, payload.out, payload.lse,
-            self._one if kv_scale is None else kv_scale, tokens, self.request.softmax_scale, q_strides[0], q_strides[1], strides[0], strides[1], table.stride(0),
+            self._one if kv_scale is None else kv_scale, tokens, self.request.softmax_scale,
+            q_strides[0], q_strides[1], strides[0], strides[1], table.stride(0),
         )  # fmt: skip
         if payload.slots:
             arguments = out, lse, payload.work, payload.out, payload.lse, tokens

@@ -195,7 +195,7 @@ def test_flashinfer_reads_fp8_latents_on_hopper_with_its_scale_on_the_device(
         with hal.simulate(f"nvidia:{device},cuda=13.0", libraries={"torch": "2.13.0", flashinfer.LIBRARY: version}):
             candidates = hal.select(wanted).choices["decode"].candidates
         found = next(c.reasons for c in candidates if c.kernel.name == kernel.name)
-        assert field in {r.field for r in found} or name == "flashinfer_fa3" and device == "sm_100"
+        assert field in {r.field for r in found} or (name == "flashinfer_fa3" and device == "sm_100")
 
 
 def test_a_handle_on_hopper_decodes_fp8_latents_with_flashinfer() -> None:  # requirement B6
