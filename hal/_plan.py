@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from hal._step_inputs import host_lengths, page_table
 from hal.errors import InputError, PlanMismatchError
 from hal_ops.attention import Step
 
@@ -187,15 +188,8 @@ def make_step(q_lens: Any, kv_lens: Any, block_table: Any, page_size: int, devic
     Raises:
         InputError: lengths that disagree, a table that is too small, or entries out of their types.
     """
-    q_host, kv_host = _lengths("q_lens", q_lens), _lengths("kv_lens", kv_lens)
-    _check_lengths(q_host, kv_host)
-    table = _table(block_table, len(q_host), device)
-    pages = -(-max(kv_host, default=0) // page_size)
-    if pages > table.shape[1]:
-        raise InputError(
-            f"block_table has {table.shape[1]} pages a row, and the longest kv_len ({max(kv_host)}) takes {pages} "
-            f"of {page_size} tokens"
-        )
+    q_host, kv_host = host_lengths(q_lens, kv_lens)
+    table = page_table(block_table, kv_host, page_size, device)
     return Step(
         batch=len(q_host),
         num_tokens=sum(q_host),
@@ -210,47 +204,6 @@ def make_step(q_lens: Any, kv_lens: Any, block_table: Any, page_size: int, devic
         slot_mapping=_slots(q_host, kv_host, table, page_size, device),
         page_size=page_size,
     )
-
-
-def _lengths(name: str, values: Any) -> tuple[int, ...]:
-    if hasattr(values, "tolist"):
-        if values.is_floating_point():
-            raise InputError(f"{name} holds {values.dtype}: lengths are whole numbers of tokens")
-        values = values.tolist()
-    if not isinstance(values, Sequence) or isinstance(values, str):
-        raise InputError(f"{name}={values!r}: give a sequence or a tensor of lengths in tokens, a row each")
-    lengths = tuple(values)
-    for row, length in enumerate(lengths):
-        if isinstance(length, bool) or not isinstance(length, int) or length < 0:
-            raise InputError(f"{name}[{row}]={length!r}: a length is a whole number of tokens, at least 0")
-    return lengths
-
-
-def _check_lengths(q_lens: tuple[int, ...], kv_lens: tuple[int, ...]) -> None:
-    if len(q_lens) != len(kv_lens):
-        raise InputError(f"q_lens has {len(q_lens)} rows, kv_lens {len(kv_lens)}")
-    for row, (q_len, kv_len) in enumerate(zip(q_lens, kv_lens, strict=True)):
-        if q_len > kv_len:
-            raise InputError(
-                f"row {row}: q_len {q_len} is more than kv_len {kv_len}; kv_lens counts the cache after the step, "
-                "this step's tokens included"
-            )
-
-
-def _table(block_table: Any, rows: int, device: torch.device) -> Tensor:
-    import torch
-
-    if not isinstance(block_table, torch.Tensor):
-        width = max((len(row) for row in block_table), default=0)
-        block_table = torch.tensor(
-            [[*row, *([0] * (width - len(row)))] for row in block_table], dtype=torch.int32
-        ).reshape(len(block_table), width)
-    if block_table.dim() != 2 or block_table.shape[0] != rows:
-        raise InputError(f"block_table is {tuple(block_table.shape)}: give [batch, max_pages] with batch {rows}")
-    if block_table.dtype not in (torch.int32, torch.int64):
-        raise InputError(f"block_table holds {block_table.dtype}: page indices are int32")
-    table: Tensor = block_table.to(device=device, dtype=torch.int32, non_blocking=True)
-    return table
 
 
 def _to_device(values: Sequence[int], device: torch.device) -> Tensor:

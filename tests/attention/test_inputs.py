@@ -214,7 +214,7 @@ def test_pages_out_of_range_are_found_when_asked_for(monkeypatch: pytest.MonkeyP
     handle = hal.get_attention(**SMALL, window=3)
     cache = handle.allocate_kv_cache(2)
     for table in ([[0, 2]], [[-1, 0]]):
-        plan = handle.plan(q_lens=[1], kv_lens=[5], block_table=table)
+        plan = handle.plan(q_lens=[1], kv_lens=[5], block_table=torch.tensor(table))
         with pytest.raises(InputError, match=r"block_table\[0\]\[\d\] is page -?\d, and the cache has 2"):
             handle(q(1), k(1) + 1, k(1) + 1, cache=cache, plan=plan)
     assert not cache.k.any()

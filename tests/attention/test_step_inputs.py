@@ -1,0 +1,79 @@
+"""Lengths and block tables: whatever holds them, a page that is another row's is never used."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import hal
+from hal.errors import InputError
+
+SMALL: dict[str, Any] = {
+    "num_q_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 8,
+    "dtype": "float32",
+    "device": "cpu",
+    "page_size": 4,
+}
+LATENT: dict[str, Any] = {
+    "num_q_heads": 2,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "dtype": "float32",
+    "device": "cpu",
+    "page_size": 4,
+}
+
+
+@pytest.mark.parametrize(
+    ("step", "text"),
+    [
+        ({"q_lens": np.ones(1), "kv_lens": [3], "block_table": [[0]]}, "q_lens holds float64"),
+        ({"q_lens": [True], "kv_lens": [3], "block_table": [[0]]}, r"q_lens\[0\]=True"),
+        (
+            {"q_lens": [9, 9], "kv_lens": [9, 9], "block_table": [[0, 1, 2], [3]]},
+            r"block_table\[1\] has 1 pages, and its kv_len \(9\) takes 3 of 4 tokens",
+        ),
+        ({"q_lens": [1, 1], "kv_lens": [1, 1], "block_table": [[0], []]}, r"block_table\[1\] has 0 pages"),
+        ({"q_lens": [1], "kv_lens": [3], "block_table": [[0.5]]}, r"block_table\[0\]\[0\]=0.5: .* whole number"),
+        ({"q_lens": [1], "kv_lens": [3], "block_table": [[True]]}, r"block_table\[0\]\[0\]=True"),
+        ({"q_lens": [1], "kv_lens": [3], "block_table": [[2**40]]}, r"\[0\]\[0\] is 1099511627776: .* from 0 to"),
+        ({"q_lens": [1], "kv_lens": [3], "block_table": [[0, 2**70]]}, r"\[0\]\[1\] is 1180591620717411303424"),
+        ({"q_lens": [1], "kv_lens": [3], "block_table": [[-1]]}, r"block_table\[0\]\[0\] is -1: .* from 0 to"),
+        ({"q_lens": [1], "kv_lens": [3], "block_table": [0]}, r"block_table\[0\]=0: give the pages of the row"),
+        ({"q_lens": [1], "kv_lens": [3], "block_table": None}, "block_table=None: give a tensor"),
+        ({"q_lens": [1], "kv_lens": [3], "block_table": ["a"]}, r"block_table\[0\]='a'"),
+    ],
+)
+def test_what_is_no_step(step: dict[str, Any], text: str) -> None:  # requirement D9
+    with pytest.raises(InputError, match=text):
+        hal.get_attention(**SMALL).plan(**step)
+    with pytest.raises(InputError, match=text):
+        hal.get_mla_attention(**LATENT).plan(**step)
+
+
+def test_a_row_that_is_too_short_changes_no_plan() -> None:
+    handle = hal.get_attention(**SMALL)
+    plan = handle.plan(q_lens=[1, 1], kv_lens=[9, 9], block_table=[[0, 1, 2], [3, 4, 5]], max_batch=2)
+    with pytest.raises(InputError, match=r"block_table\[1\] has 2 pages"):
+        plan.update(q_lens=[1, 1], kv_lens=[10, 10], block_table=[[0, 1, 2], [3, 4]])
+    assert plan._step.kv_lens.tolist() == [9, 9]
+    assert plan._step.block_table.tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+@pytest.mark.parametrize("make", [np.array, lambda values: np.array(values, np.uint8), torch.tensor, tuple])
+def test_lengths_and_tables_of_any_kind(make: Any) -> None:  # requirement A3
+    handle = hal.get_attention(**SMALL)
+    wanted = handle.plan(q_lens=[1, 2], kv_lens=[3, 9], block_table=[[5], [2, 4, 1]])._step
+    table = [[5, -1, -1], [2, 4, 1]] if make in (np.array, tuple) else [[5, 0, 0], [2, 4, 1]]
+    for block_table in (make(table), [make(row) for row in table], [make([5]), make([2, 4, 1])]):
+        step = handle.plan(q_lens=make([1, 2]), kv_lens=list(make([3, 9])), block_table=block_table)._step
+        assert (step.q_lens, step.kv_lens_host) == (wanted.q_lens, wanted.kv_lens_host)
+        assert {type(n) for n in (*step.q_lens, *step.kv_lens_host)} == {int}
+        assert step.slot_mapping.tolist() == wanted.slot_mapping.tolist()
