@@ -104,6 +104,7 @@ class Attention(Planner):
         if k is None or v is None:
             raise InputError("k and v are missing: give them, or a cache and a plan")
         if cu_seqlens_q is None and cu_seqlens_k is None:
+            _inputs.check_no_maxima(max_seqlen_q, max_seqlen_k)
             return self._dense(q, k, v, extras)
         lengths = _inputs.check_ragged(self, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         return self._fresh()(q, k, v, **lengths, **extras)
@@ -117,7 +118,8 @@ class Attention(Planner):
             _inputs.check_dense(self, q, k, v)
             run = self._fresh()
             run = run.for_dense(q, k, v) if hasattr(run, "for_dense") else run
-            self._known = _same.like(q, k, v), run
+            if self.request.needs_grad or not _learnt(q, k, v):
+                self._known = _same.like(q, k, v), run
         return run(q, k, v)
 
     def _fresh(self) -> Any:
@@ -146,7 +148,7 @@ class Attention(Planner):
         same, tokens, buffers = self._known_step
         if tokens != step.num_tokens or buffers is not plan._buffers or not same(q, k, v):
             _inputs.check_step(self, q, k, v, plan)
-            if k is not None and v is not None:
+            if k is not None and v is not None and not _learnt(q, k, v):
                 self._known_step = _same.like(q, k, v), step.num_tokens, plan._buffers
         if self._debug_checks:
             _inputs.check_pages(step, cache)
@@ -234,6 +236,11 @@ class Attention(Planner):
     def __repr__(self) -> str:
         names = ", ".join(f"{p} {name}" for p, name in self.kernels().items())
         return f"<hal.Attention of {self.request.describe()} on {self.device.id}: {names}>"
+
+
+def _learnt(*tensors: Tensor) -> bool:
+    """Whether one requires a gradient: whether that is an error depends on the mode of each call."""
+    return any(x.requires_grad for x in tensors)
 
 
 def check_needs_cache(request: AttentionRequest) -> bool:

@@ -81,6 +81,12 @@ def check_no_lengths(*lengths: Any) -> None:
         raise InputError("cu_seqlens and max_seqlen are not for calls with a plan: the plan holds the step's lengths")
 
 
+def check_no_maxima(max_seqlen_q: Any, max_seqlen_k: Any) -> None:
+    """A dense call has the lengths of its tensors."""
+    if max_seqlen_q is not None or max_seqlen_k is not None:
+        raise InputError("max_seqlen_q and max_seqlen_k are for ragged calls: give cu_seqlens_q and cu_seqlens_k too")
+
+
 def check_dense(handle: Attention, q: Tensor, k: Tensor, v: Tensor) -> None:
     """Dense q, k, v against the request."""
     _check_tensors(handle, {"q": q, "k": k, "v": v}, 4, "[batch, len, heads, dim]")
@@ -172,6 +178,17 @@ def check_pages(step: Step, cache: KVCache | MlaCache) -> None:
         )
 
 
+def check_no_gradient(name: str) -> None:
+    """``name`` requires a gradient, which a kernel without a backward would lose without a word."""
+    import torch
+
+    if torch.is_grad_enabled():
+        raise InputError(
+            f"{name} requires a gradient, which the request does not speak of: ask for needs_grad=True, or call under "
+            "torch.no_grad()"
+        )
+
+
 def _check_tensors(handle: Attention, tensors: dict[str, Tensor], dims: int, form: str) -> None:
     request = handle.request
     wanted = {
@@ -190,6 +207,8 @@ def _check_tensors(handle: Attention, tensors: dict[str, Tensor], dims: int, for
             raise InputError(f"{name} is on {tensor.device}, and the handle on {handle._torch_device}")
         if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             raise InputError(f"{name}'s last stride is {tensor.stride(-1)}: the head dim must be contiguous")
+        if tensor.requires_grad and not request.needs_grad:
+            check_no_gradient(name)
 
 
 def _same_length(k: Tensor, v: Tensor, dim: int) -> None:

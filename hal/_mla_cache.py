@@ -104,6 +104,8 @@ def check_cache(handle: MlaAttention, cache: MlaCache) -> None:
 
 def check_tensors(handle: MlaAttention, tensors: Mapping[str, Tensor], sizes: Sequence[int]) -> None:
     """q and latents of a step, before anything is written; ``sizes`` are the numbers of tokens that they may have."""
+    import torch
+
     entry = handle.request.entry_dim
     wanted = {"q": (handle.request.num_q_heads, entry), "latent": (entry,)}
     for name, tensor in tensors.items():
@@ -117,6 +119,10 @@ def check_tensors(handle: MlaAttention, tensors: Mapping[str, Tensor], sizes: Se
             raise InputError(f"{name} is on {tensor.device}, and the handle on {handle._torch_device}")
         if tensor.stride(-1) != 1:
             raise InputError(f"{name}'s last stride is {tensor.stride(-1)}: entries must be contiguous")
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise InputError(
+                f"{name} requires a gradient, and latent attention has none: call it under torch.no_grad()"
+            )
         if tensor.shape[0] not in sizes or tensor.shape[0] != next(iter(tensors.values())).shape[0]:
             raise InputError(
                 f"{name} has {tensor.shape[0]} tokens, the plan {' or '.join(map(str, dict.fromkeys(sizes)))}"

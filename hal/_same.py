@@ -78,4 +78,4 @@ def compare(q: Tensor, k: Tensor, v: Tensor) -> Same:
 
 
 def _properties(t: Tensor) -> tuple[Any, ...]:
-    return (t.shape, t.stride(), t.dtype, t.device)
+    return (t.shape, t.stride(), t.dtype, t.device, t.requires_grad)

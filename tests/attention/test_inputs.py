@@ -231,3 +231,33 @@ def test_a_handle_without_a_phase_says_so() -> None:
         decoder(q(1, 1), k(1, 1), k(1, 1))
     with pytest.raises(InputError, match="Ask for the extend phase, or for a larger max_q_len"):
         decoder.plan(q_lens=[2], kv_lens=[3], block_table=[[0]])
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_a_gradient_that_would_be_lost_is_an_error(which: int) -> None:  # requirement R12
+    """On every platform alike, whether or not the kernel there has a backward."""
+    handle = hal.get_attention(**SMALL)
+    plain = [q(1, 3), k(1, 3), k(1, 3)]
+    handle(*plain)
+    learnt = [x.requires_grad_() if i == which else x for i, x in enumerate(q_k_v())]
+    with pytest.raises(InputError, match=rf"{'qkv'[which]} requires a gradient.*ask for needs_grad=True"):
+        handle(*learnt)
+    with torch.no_grad():
+        handle(*learnt)
+    with pytest.raises(InputError, match="requires a gradient"):
+        handle(*learnt)
+    cache = handle.allocate_kv_cache(1)
+    plan = handle.plan(q_lens=[3], kv_lens=[3], block_table=[[0]])
+    with pytest.raises(InputError, match="requires a gradient"):
+        handle(*(x[0] for x in learnt), cache=cache, plan=plan)
+
+
+def q_k_v() -> tuple[torch.Tensor, ...]:
+    return q(1, 3), k(1, 3), k(1, 3)
+
+
+def test_maxima_without_lengths_are_refused() -> None:
+    handle = hal.get_attention(**SMALL)
+    for maxima in ({"max_seqlen_q": 3}, {"max_seqlen_k": 3}):
+        with pytest.raises(InputError, match="are for ragged calls"):
+            handle(*q_k_v(), **maxima)

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+import hal
+from hal._portable_common import cache_format
 from hal_ops.attention.paged_inputs import make_step
 from hal_ops.mla_attention import PHASES, MlaAttentionRequest, triton_mla
 from hal_ops.mla_attention._triton_mla_configs import Config
@@ -54,6 +56,8 @@ CORNERS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("corner", CORNERS)
 def test_a_corner_is_right(corner: str, phase: str, device: str, assert_right: Callable[[Any], None]) -> None:
     request = request_of(**CORNERS[corner])
+    if device != "cpu" and cache_format(request, hal.device()):
+        pytest.skip(f"Triton does not convert {request.kv_dtype} here")
     case = make_case(request, phase, device=device)
     assert_right(case.check(getattr(triton_mla, phase)(request, device)))
 
