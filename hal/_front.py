@@ -10,6 +10,7 @@ from typing import Any
 from hal import _devices, _plugins, _selection, _settings
 from hal._attention import Attention, check_needs_cache
 from hal._bind import bind
+from hal._checked import checked
 from hal._device import Device
 from hal._handle_key import forget_states, key_of
 from hal._selection import Selection
@@ -173,7 +174,7 @@ def write_request(request: AttentionRequest) -> KvCacheWriteRequest:
 
 
 class BoundOp:
-    """An op of one phase, bound: call it, or take ``fn``, the chosen kernel's own function."""
+    """An op of one phase, bound: call it, or take ``fn``, the chosen kernel's function with the checks of its op."""
 
     __slots__ = ("device", "fn", "request", "selection")
 
@@ -184,7 +185,7 @@ class BoundOp:
         self.fn: Any = fn
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the kernel's function."""
+        """Call the function."""
         return self.fn(*args, **kwargs)
 
     def explain(self) -> str:
@@ -226,7 +227,8 @@ def get_op(
     request = _request(op.request, name, fields)
     selection, made = bind(lambda: _selection.select(request, device=device, kernel=kernel))
     _keep_receipt(selection)
-    handle = BoundOp(selection, _traceable(selection, made["call"]) if compile else made["call"])
+    fn = checked(selection, made["call"])
+    handle = BoundOp(selection, _traceable(selection, fn) if compile else fn)
     if key is not None:
         _remember(key, handle)
     return handle

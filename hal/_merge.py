@@ -23,14 +23,23 @@ def merge_attention_states(
 
     Returns:
         ``(out, lse)`` in the shapes and dtypes of the first pair. Sinks are counted once a part: give them to one part.
+        Where an input requires a gradient, a kernel with a backward is taken.
+
+    Raises:
+        InputError: tensors that do not go together.
+        NoKernelError: ``kernel`` cannot serve them.
     """
+    import torch
+
+    four = (out_a, lse_a, out_b, lse_b)
     op = get_op(
         "merge_attention_states",
         num_heads=out_a.shape[-2],
         v_head_dim=out_a.shape[-1],
         dtype=str(out_a.dtype).removeprefix("torch."),
+        needs_grad=torch.is_grad_enabled() and any(x.requires_grad for x in four),
         device=out_a.device,
         kernel=kernel,
     )
-    merged: tuple[Tensor, Tensor] = op(out_a, lse_a, out_b, lse_b)
+    merged: tuple[Tensor, Tensor] = op(*four)
     return merged

@@ -73,6 +73,7 @@ def _merge_states() -> tuple[Kernel, ...]:
         "v_head_dim": Range(1, None, (64, 80)),
         "dtype": OneOf("float32", "bfloat16", "float16"),
         "deterministic": OneOf(False, True),
+        "needs_grad": OneOf(False, True),
     }
     torch, reference = "hal_ops.merge_states.torch_merge:merge", "hal_ops.merge_states.reference:merge"
     return _call_kernels("merge_attention_states", torch, reference, fields)

@@ -27,6 +27,9 @@ class Op:
     * ``cases``: a function ``(request, phase, *, device, seed) -> Case`` that makes inputs with poisoned unused slots.
     * ``aliases``: earlier names of the op, which still work and warn.
     * ``attributes`` of an implementation beside its call: ``"plan"`` for phases that need per-step metadata.
+    * ``check``: a factory ``(request, device, values) -> fn``, where ``fn`` takes the call's arguments and says what is
+      wrong with them, or "". It is asked before every call of a handle of ``get_op``, whose kernel it is. With
+      ``values`` it reads numbers on accelerators too.
     * ``traced``: the call's schema and empty outputs, for compilers that trace; without it the op cannot be compiled.
     """
 
@@ -38,6 +41,7 @@ class Op:
     attributes: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     reference: Mapping[str, str] = dataclasses.field(default_factory=dict)
     cases: str | None = None
+    check: str | None = None
     aliases: tuple[str, ...] = ()
     traced: Traced | None = None
 

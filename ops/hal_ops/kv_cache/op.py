@@ -79,6 +79,7 @@ KV_CACHE_WRITE = Op(
     keywords={"call": ("k_scale", "v_scale")},
     reference={"call": "hal_ops.kv_cache.reference:write"},
     cases="hal_ops.kv_cache.cases:make_case",
+    check="hal_ops.kv_cache.inputs:check",
     traced=Traced(
         "Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping, *, Tensor? k_scale=None, "
         "Tensor? v_scale=None",

@@ -32,6 +32,7 @@ KV_PAGES_COPY = Op(
     request=KvPagesCopyRequest,
     reference={"call": "hal_ops.kv_pages_copy.reference:kv_pages_copy"},
     cases="hal_ops.kv_pages_copy.cases:make_case",
+    check="hal_ops.kv_pages_copy.inputs:check",
     traced=Traced(
         "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor source, Tensor target",
         outputs="hal_ops.rows:no_outputs",

@@ -64,6 +64,7 @@ KV_PAGES_GATHER = Op(
     keywords={"call": ("k_scale", "v_scale", "out")},
     reference={"call": "hal_ops.kv_pages_gather.reference:kv_pages_gather"},
     cases="hal_ops.kv_pages_gather.cases:make_case",
+    check="hal_ops.kv_pages_gather.inputs:check",
     traced=Traced(
         "Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor cu_seqlens, SymInt total, SymInt longest, *, "
         "Tensor? k_scale=None, Tensor? v_scale=None",

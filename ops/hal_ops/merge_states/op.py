@@ -29,7 +29,7 @@ class MergeStatesRequest(Request):
 
     Fields:
         num_heads, v_head_dim: query heads, and elements a head of the outs. dtype: format of the outs.
-        deterministic, graph: properties of the call that kernels must declare.
+        deterministic, graph, needs_grad: properties of the call that kernels must declare.
 
     Raises:
         ValueError: a value that no kernel could honour.
@@ -42,13 +42,14 @@ class MergeStatesRequest(Request):
     dtype: str = required(default="bfloat16", code="dtype")
     deterministic: bool = feature(False)
     graph: bool = feature(False)
+    needs_grad: bool = feature(False)
 
     def __post_init__(self) -> None:
         put: Any = object.__setattr__
         for name in ("num_heads", "v_head_dim"):
             positive(name, getattr(self, name))
         put(self, "dtype", dtype_name(self.dtype))
-        for name in ("deterministic", "graph"):
+        for name in ("deterministic", "graph", "needs_grad"):
             flag(name, getattr(self, name))
 
 
@@ -58,6 +59,7 @@ MERGE_STATES = Op(
     request=MergeStatesRequest,
     reference={"call": "hal_ops.merge_states.reference:merge"},
     cases="hal_ops.merge_states.cases:make_case",
+    check="hal_ops.merge_states.inputs:check",
     traced=Traced(
         "Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b",
         outputs="hal_ops.merge_states.reference:outputs",

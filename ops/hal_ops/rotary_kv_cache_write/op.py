@@ -126,6 +126,7 @@ ROTARY_KV_CACHE_WRITE = Op(
     keywords={"call": ("k_scale", "v_scale", "out")},
     reference={"call": "hal_ops.rotary_kv_cache_write.reference:rotary_kv_cache_write"},
     cases="hal_ops.rotary_kv_cache_write.cases:make_case",
+    check="hal_ops.rotary_kv_cache_write.inputs:check",
     traced=Traced(
         "Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor positions, Tensor(a!) k_cache, "
         "Tensor(b!) v_cache, Tensor slot_mapping, *, Tensor? k_scale=None, Tensor? v_scale=None",

@@ -1,0 +1,37 @@
+"""What is wrong with the arguments of a call: a text for each, empty where nothing is. See :attr:`hal_ops.Op.check`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["gradient_lost", "mismatch", "rows_apart", "shown"]
+
+
+def mismatch(name: str, x: object, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> str:
+    """How ``x`` differs from a tensor of this shape and dtype on this device."""
+    if isinstance(x, Tensor) and x.shape == shape and x.dtype == dtype and x.device == device:
+        return ""
+    return f"{name} is {shown(x)}, and should be {str(dtype).removeprefix('torch.')} {tuple(shape)} on {device}"
+
+
+def rows_apart(**tensors: Tensor) -> str:
+    """That the elements of a head do not lie behind each other."""
+    for name, x in tensors.items():
+        if x.stride(-1) != 1 and x.shape[-1] > 1:
+            return f"{name}'s last stride is {x.stride(-1)}: give a contiguous last dim"
+    return ""
+
+
+def shown(x: object) -> str:
+    """A tensor by what is compared of it; anything else by its type."""
+    if not isinstance(x, Tensor):
+        return "missing" if x is None else f"a {type(x).__name__}"
+    return f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)} on {x.device}"
+
+
+def gradient_lost(what: str, *tensors: object) -> str:
+    """That a gradient would be lost without a word, where one of the tensors requires it; ``what`` says the remedy."""
+    if not torch.is_grad_enabled() or not any(isinstance(x, Tensor) and x.requires_grad for x in tensors):
+        return ""
+    return f"an input requires a gradient, and none flows back: {what}, or call it under torch.no_grad()"
