@@ -96,7 +96,6 @@ def _triton(phase: str) -> Kernel:
         fields=fields,
         check=cache_format,
         evidence=_EVIDENCE,
-        note="not run over an FP8 cache",
     )
 
 

@@ -65,8 +65,8 @@ def test_what_cannot_be_served_is_named_and_the_rest_is_written(hal_cli, hal_jso
     monkeypatch.setenv("HAL_DISABLE", "torch_cpu")
     file = tmp_path / "hal.lock"
     facts = hal_json("lock", str(file), "--device", "cpu", code=1)
-    # MiniLM and DeepSeek's prompts, which do not decode, and its latents, which another op attends to.
-    ops = ["attention", "attention", "kv_cache_write", "mla_attention"]
+    # MiniLM and DeepSeek's prompts, which do not decode, and its latents in two formats, which another op attends to.
+    ops = ["attention", "attention", "kv_cache_write", "kv_cache_write", "mla_attention", "mla_attention"]
     assert sorted(row["op"] for row in facts["decisions"]) == ops
     assert any("Llama-3-8B" in text and "decode" in text for text in facts["refused"])
     assert "Llama-3-8B" in hal_cli("lock", str(file), "--device", "cpu").stdout

@@ -166,5 +166,6 @@ KERNELS = (
         },
         copies="q, where fewer queries than keys are causal (it is padded to as many)",
         note="ragged batches of unequal lengths: a call a sequence, with lengths read from the device",
+        evidence={"sm_90": "run", **_EMULATED},
     ),
 )
