@@ -107,10 +107,12 @@ def test_another_device_or_version_knows_nothing(ledger: Ledger, kernel: hal.Ker
     assert ledger.find(kernel, REQUEST, hal.device()) is not None
 
 
-def test_the_version_of_a_needed_library_is_in_the_key(kernel: hal.Kernel) -> None:  # requirement R10
-    needing = dataclasses.replace(
-        kernel, needs=(hal.Needs("acme", ">=1", distributions=("acme-blas", "acme-blas-cu12")),)
-    )
+def test_the_version_of_a_needed_library_is_in_the_key(
+    attention_kernel: Make, fake_platform: Make
+) -> None:  # requirement R10
+    acme = hal.Needs("acme", ">=1", distributions=("acme-blas", "acme-blas-cu12"))
+    needing: hal.Kernel = attention_kernel("acme.decode", needs=(acme,))
+    fake_platform(kernels=[needing])
     with hal.simulate(libraries={"acme_blas.cu12": "1.4", "torch": "2.8.0"}):
         assert identity(needing, hal.device())["acme"] == "1.4"
         assert identity(needing, hal.device())["torch"] == "2.8.0"

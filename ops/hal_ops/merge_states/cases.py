@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -25,9 +25,10 @@ class MergeStatesCase(Case):
     request: MergeStatesRequest
     label: str
     args: tuple[Tensor, ...]
+    kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def call(self, implementation: Callable[..., Any]) -> dict[str, Tensor]:
-        out, lse = implementation(*self.args)
+        out, lse = implementation(*self.args, **self.kwargs)
         return {"out": out, "lse": lse}
 
     def expected(self) -> dict[str, Tensor]:

@@ -33,13 +33,22 @@ def merge(
 
     def call(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
         states = [(out.to(sums), lse.to(sums)) for out, lse in ((out_a, lse_a), (out_b, lse_b))]
-        lse = torch.logaddexp(states[0][1], states[1][1])
-        total = torch.zeros_like(states[0][0])
-        for part, part_lse in states:
-            some = (part_lse > -torch.inf).unsqueeze(-1)
-            share = torch.exp(part_lse - lse).unsqueeze(-1)
-            total = torch.where(some, total + part * share, total)
-        out = total.to(out_a.dtype) if rounded else total
+        top = torch.maximum(states[0][1], states[1][1]).detach()
+        top = torch.where(top > -torch.inf, top, 0.0)
+        some = [lse > -torch.inf for _, lse in states]
+        # Infinities, and whatever an out holds that counts for nothing, are left out before they meet a gradient.
+        weights = [
+            torch.where(s, torch.exp(torch.where(s, lse, 0.0) - top), 0.0)
+            for s, (_, lse) in zip(some, states, strict=True)
+        ]
+        total = weights[0] + weights[1]
+        nothing = total == 0
+        whole = torch.where(nothing, 1.0, total)
+        parts = (torch.where(s.unsqueeze(-1), part, 0.0) for s, (part, _) in zip(some, states, strict=True))
+        merged = sum(part * (weight / whole).unsqueeze(-1) for part, weight in zip(parts, weights, strict=True))
+        assert isinstance(merged, Tensor)
+        lse = torch.where(nothing, -torch.inf, top + torch.log(whole))
+        out = merged.to(out_a.dtype) if rounded else merged
         return out, lse.float() if rounded else lse
 
     return call

@@ -40,15 +40,16 @@ def merge_all(states: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     top = top.masked_fill(top == -torch.inf, 0.0)
     weights = [torch.exp(lse - top) for _, lse in states]
     total = torch.stack(weights).sum(0)
-    share = total.masked_fill(total == 0, 1.0).reciprocal()
+    nothing = total == 0
+    total = total.masked_fill(nothing, 1.0)
+    share = total.reciprocal()
     out = _weighted(states[0], weights[0] * share)
     for state, weight in zip(states[1:], weights[1:], strict=True):
         out = out + _weighted(state, weight * share)
-    return out.to(dtype), (top + torch.log(total)).float()
+    return out.to(dtype), (top + torch.log(total)).masked_fill(nothing, -torch.inf).float()
 
 
 def _weighted(state: tuple[Tensor, Tensor], weight: Tensor) -> Tensor:
     """A state's part of the sum; zeros where it saw no key, whatever its out holds there."""
     out, lse = state
-    part = out * weight.unsqueeze(-1)
-    return part.masked_fill((lse == -torch.inf).unsqueeze(-1), 0.0)
+    return out.masked_fill((lse == -torch.inf).unsqueeze(-1), 0.0) * weight.unsqueeze(-1)
