@@ -1,7 +1,7 @@
 """Tile sizes of the Triton kernel of latent attention, as data: by what fits registers and shared memory.
 
 A configuration is for tiles of up to ``rows`` pairs of a query token and a head, over entries of ``item`` bytes an
-element. None is measured. With latents of 512 tiles of 64 rows spill registers everywhere (``docs/_data/triton_aot.json``
+element (float32 queries: 4, whatever the cache is). A block in FP8 is converted in registers, which are more where it is. None is measured. With latents of 512 tiles of 64 rows spill registers everywhere (``docs/_data/triton_aot.json``
 has those that do not).
 """
 
@@ -33,29 +33,39 @@ class Config:
 HOPPER = (
     Config(16, 2, 32, 4, 3, 2, 2),
     Config(32, 2, 64, 8, 3),
+    Config(16, 1, 32, 4, 3, 2, 2),
+    Config(32, 1, 64, 8, 3),
     Config(16, 4, 16, 8, 2),
 )
 NVIDIA = (
     Config(16, 2, 32, 4, 3),
     Config(32, 2, 32, 8, 3),
+    Config(16, 1, 32, 8, 3),
+    Config(32, 1, 32, 8, 3),
     Config(16, 4, 16, 8, 2),
 )
 CONSUMER = (
     Config(16, 2, 16, 4, 2, 2, 2),
     Config(32, 2, 32, 8, 2),
+    Config(16, 1, 16, 4, 2, 2, 2),
+    Config(32, 1, 32, 8, 2),
     Config(16, 4, 16, 8, 2),
 )
 CDNA = (
     Config(16, 2, 16, 4, 2),
     Config(32, 2, 16, 4, 2),
+    Config(16, 1, 16, 4, 2),
+    Config(32, 1, 16, 4, 2),
     Config(16, 4, 16, 4, 2),
 )
 RDNA = (
     Config(16, 2, 16, 16, 2),
+    Config(16, 1, 16, 8, 2),
     Config(16, 4, 16, 16, 2),
 )
 DEFAULT = (
     Config(16, 2, 16, 4, 2),
+    Config(16, 1, 16, 4, 2),
     Config(16, 4, 16, 4, 2),
 )
 CONFIGS: dict[str, tuple[Config, ...]] = {

@@ -94,8 +94,7 @@ class _Mla(SplitWork):
         self.gpu = gpu_of(device)
         self.graph = request.graph
         heads, self.width = request.num_q_heads, request.kv_lora_rank
-        item = torch_dtype(request.dtype).itemsize
-        self.config = config or config_of(self.gpu.arch, heads * (queries or _MANY), item)
+        self.config = config or config_of(self.gpu.arch, heads * (queries or _MANY), item_of(request))
         tokens = queries or max(1, self.config.rows // heads)
         self.block_m = min(max(16, _power_of_two(heads * tokens)), self.config.rows)
         self.tiles = -(-heads * tokens // self.block_m)
@@ -201,6 +200,12 @@ def _shape(request: MlaAttentionRequest, block_m: int, tokens: int) -> dict[str,
         "ROWS": rows_of(pairs, block_m),
         "RANK": request.kv_lora_rank,
     }
+
+
+def item_of(request: MlaAttentionRequest) -> int:
+    """Bytes an element that a configuration is chosen by."""
+    own: int = torch_dtype(request.dtype).itemsize
+    return 1 if is_fp8(request.kv_dtype) and own == 2 else own
 
 
 def rows_of(pairs: int, block_m: int) -> int:
