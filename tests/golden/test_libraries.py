@@ -17,6 +17,7 @@ import hal
 from hal.cli._models import MODELS, requests_for
 from hal.testing import decision_matrix
 from hal_ops.attention import AttentionRequest
+from hal_ops.mla_attention import MlaAttentionRequest
 
 GOLDEN = Path(__file__).parent / "libraries.json"
 CUDA = "13.0,driver=580.65"
@@ -39,7 +40,7 @@ HOST = hal.Device(platform="cpu", arch=hal.Arch("cpu", "any"), capabilities=froz
 
 
 def layers(only: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Each model's layers over a bfloat16 and an e4m3 cache, and one that permits FP8 queries."""
+    """Each model's layers over a bfloat16 and an e4m3 cache, and two that permit FP8 queries."""
     found: dict[str, Any] = {}
     for model in MODELS:
         for cache, kinds in requests_for(model, HOST).items():
@@ -47,11 +48,12 @@ def layers(only: tuple[str, ...] = ()) -> dict[str, Any]:
                 name = f"{model.name} {kind}".strip()
                 if not only or name in only:
                     found[f"{name} {cache}".strip()] = request
-                    if cache and isinstance(request, AttentionRequest):
+                    if cache and isinstance(request, (AttentionRequest, MlaAttentionRequest)):
                         found[f"{name} {FP8}"] = request.replace(kv_dtype=FP8)
-    name = f"{ALONE[0]} {FP8}"
-    fresh = found[name].replace(kv_dtype="bfloat16", qkv_dtype=FP8, phases=("prefill",))
-    return {**found, f"{name}, FP8 queries": found[name].replace(fp8_query=True), f"{ALONE[0]} q, k, v {FP8}": fresh}
+    fresh = found[f"{ALONE[0]} {FP8}"].replace(kv_dtype="bfloat16", qkv_dtype=FP8, phases=("prefill",))
+    names = [name for name in (f"{ALONE[0]} {FP8}", f"DeepSeek-V3 {FP8}") if name in found]
+    permitted = {f"{name}, FP8 queries": found[name].replace(fp8_query=True) for name in names}
+    return {**found, **permitted, f"{ALONE[0]} q, k, v {FP8}": fresh}
 
 
 @functools.cache
@@ -100,6 +102,10 @@ EXPERT = {
     ("sm_103", f"Llama-3-8B {FP8}, FP8 queries"): "fa4.prefill_sm100, trtllm_gen.extend, trtllm_gen.decode",
     ("sm_100", "GPT-OSS-120B sliding bfloat16"): "fa4.prefill_sm100, trtllm_gen.extend, trtllm_gen.decode",
     ("sm_100", "Gemma-2-9B full bfloat16"): "fa2.prefill, flashinfer_fa2.extend, flashinfer_fa2.decode",
+    # Latents in FP8 are trtllm-gen's with FP8 queries; flashinfer's wrappers of 0.7 wait for the device.
+    ("sm_100", f"DeepSeek-V3 {FP8}, FP8 queries"): "triton.mla_extend, trtllm_gen.mla_decode",
+    ("sm_100", f"DeepSeek-V3 {FP8}"): "triton.mla_extend, triton.mla_decode",
+    ("sm_90", f"DeepSeek-V3 {FP8}"): "triton.mla_extend, triton.mla_decode",
     # RTX Blackwell is not one of those: no trtllm-gen, no flash-attention 3, no paged flash-attention 4.
     ("sm_120", "Mistral-7B-v0.1 bfloat16"): "fa2.prefill, flashinfer_fa2.extend, flashinfer_fa2.decode",
     ("sm_121", "GPT-OSS-120B full bfloat16"): "fmha_v2.prefill, flashinfer_sink.extend, flashinfer_sink.decode",

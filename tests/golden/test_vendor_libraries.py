@@ -17,6 +17,7 @@ from hal.cli._models import MODELS, requests_for
 from hal.testing import decision_matrix
 from hal_ops import Request
 from hal_ops.attention import AttentionRequest
+from hal_ops.mla_attention import MlaAttentionRequest
 
 GOLDEN = Path(__file__).parent / "vendor_libraries.json"
 
@@ -56,6 +57,8 @@ def layers(device: hal.Device, only: tuple[str, ...] = ()) -> dict[str, Request]
                 name = f"{model.name} {kind}".strip()
                 if not only or name in only:
                     found[f"{name} {cache}".strip()] = request
+                    if cache == "fp8" and isinstance(request, MlaAttentionRequest):
+                        found[f"{name} {cache}, FP8 queries"] = request.replace(fp8_query=True)
     return {**found, "keys in vectors": AttentionRequest(num_q_heads=32, num_kv_heads=8, head_dim=128, kv_layout="HDN")}
 
 

@@ -58,7 +58,8 @@ def _variant(target: Target, config: Config, label: str, tokens: int = 1, **fiel
         targets=(target.name,),
         # gfx11 and gfx12 have 256 registers a thread: too few for sums of latents of 512, and for converting a block too.
         # Those of sm_90 ran as they are.
-        main=(label == "bfloat16" and target.name != "gfx1100") or (label in FP8 and target.name not in ("sm_90", "gfx1201")),
+        main=(label == "bfloat16" and target.name != "gfx1100")
+        or (label in FP8 and target.name not in ("sm_90", "gfx1201")),
     )
 
 

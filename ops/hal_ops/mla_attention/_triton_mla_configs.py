@@ -1,8 +1,9 @@
 """Tile sizes of the Triton kernel of latent attention, as data: by what fits registers and shared memory.
 
 A configuration is for tiles of up to ``rows`` pairs of a query token and a head, over entries of ``item`` bytes an
-element (float32 queries: 4, whatever the cache is). A block in FP8 is converted in registers, which are more where it is. None is measured. With latents of 512 tiles of 64 rows spill registers everywhere (``docs/_data/triton_aot.json``
-has those that do not).
+element (float32 queries: 4, whatever the cache is). A block of an FP8 cache is converted in registers: its programs have
+more of them. None is measured. With latents of 512 tiles of 64 rows spill registers everywhere
+(``docs/_data/triton_aot.json`` has those that do not).
 """
 
 from __future__ import annotations
