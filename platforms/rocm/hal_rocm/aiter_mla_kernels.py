@@ -29,7 +29,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from hal import Anything, Archs, Band, Constraint, Kernel, Needs, OneOf, Pairs, Range, Reason
+from hal import Anything, Archs, Band, Constraint, Kernel, Needs, OneOf, Range, Reason
 from hal_rocm.aiter_kernels import AITER_ARCHS, needs_aiter
 
 if TYPE_CHECKING:
@@ -51,16 +51,17 @@ _DECODE: Mapping[str, Constraint] = {
     "deterministic": OneOf(False, True),
 }
 
+_FLAVOURS = ("float8_e4m3fn", "float8_e4m3fnuz")
 _FP8: Mapping[str, Constraint] = {
     **_DECODE,
-    "kv_dtype": Pairs("fp8_query", (True, "float8_e4m3fn"), (True, "float8_e4m3fnuz")),
+    "kv_dtype": OneOf(*_FLAVOURS),
     "fp8_query": OneOf(True),
 }
 
 
 def _own_format(request: Request, device: Device) -> Sequence[Reason]:
     given = str(request.kv_dtype)  # type: ignore[attr-defined]
-    if given.replace("float8", "fp8") in device.capabilities:
+    if given not in _FLAVOURS or given.replace("float8", "fp8") in device.capabilities:
         return ()
     text = f"kv_dtype {given}: {device.arch} multiplies the other e4m3"
     return (Reason("capability_missing", text, "kv_dtype", given),)
