@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from hal import _inputs, _kv_cache, _same
+from hal._argument_kinds import check_step_kinds
 from hal._device import Device
 from hal._kernel import Band
 from hal._kv_cache import KVCache
@@ -138,8 +139,10 @@ class Attention(Planner):
         plan: Plan | None,
         extras: dict[str, Any],
     ) -> Any:
-        if plan is None or cache is None:
-            raise InputError(f"{'plan' if plan is None else 'cache'} is missing: a step takes both a cache and a plan")
+        if not isinstance(plan, Plan) or not isinstance(cache, KVCache):
+            check_step_kinds(plan, cache)
+            assert plan is not None
+            assert cache is not None
         plan.check_owner(self)
         if cache._checked_by is not self:
             _inputs.check_cache(self, cache)

@@ -15,6 +15,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from hal._argument_kinds import check_no_gradients, check_tensors
 from hal._attention import Attention
 from hal._compile import node
 from hal._differentiate import can_record, gradients
@@ -88,8 +89,12 @@ class TracedAttention(Attention):
     ) -> Any:
         """Attend, as one node. Arguments, results and errors are those of :meth:`hal.Attention.__call__`.
 
-        Shapes are checked when the node runs.
+        Shapes are checked when the node runs, and gradients here: a compiler takes what requires them apart.
         """
+        check_tensors(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, sinks=sinks)
+        check_tensors(alibi_slopes=alibi_slopes, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale)
+        if not self.request.needs_grad:
+            check_no_gradients(q=q, k=k, v=v, sinks=sinks, alibi_slopes=alibi_slopes)
         if plan is None and cache is None:
             if k is None or v is None:
                 raise InputError("k and v are missing: give them, or a cache and a plan")
@@ -99,15 +104,13 @@ class TracedAttention(Attention):
                 q_scale, k_scale, v_scale,
             )  # fmt: skip
         lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, q_scale, k_scale, v_scale)
-        wrong = plan is None or cache is None or any(x is not None for x in lengths) or (k is None) != (v is None)
-        if wrong or cache.layout != self._layout:  # type: ignore[union-attr]
+        wrong = any(x is not None for x in lengths) or (k is None) != (v is None)
+        if wrong or not isinstance(plan, Plan) or not isinstance(cache, KVCache) or cache.layout != self._layout:
             return super().__call__(
                 q, k, v, cache=cache, plan=plan, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
                 max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, sinks=sinks, alibi_slopes=alibi_slopes,
                 q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, return_lse=return_lse,
             )  # fmt: skip
-        assert plan is not None
-        assert cache is not None
         plan.check_owner(self)
         rest = (cache.k, cache.v, cache.k_scale, cache.v_scale, plan._token, sinks, alibi_slopes)
         if k is None or v is None:

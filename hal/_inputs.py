@@ -6,6 +6,7 @@ import itertools
 from typing import TYPE_CHECKING, Any
 
 from hal import _kv_cache
+from hal._argument_kinds import check_no_gradients, check_tensor
 from hal.errors import InputError
 from hal_ops import is_fp8
 from hal_ops.attention import Step
@@ -43,12 +44,15 @@ def _per_head(handle: Attention, name: str, value: Tensor) -> Tensor:
     import torch
 
     heads = handle.request.num_q_heads
+    check_tensor(name, value)
     if tuple(value.shape) != (heads,):
         raise InputError(f"{name} is {tuple(value.shape)}: give one number a query head, [{heads}]")
     if value.dtype != torch.float32:
         raise InputError(f"{name} is {value.dtype}: give float32")
     if value.device != handle._torch_device:
         raise InputError(f"{name} is on {value.device}, the handle on {handle._torch_device}")
+    if not handle.request.needs_grad:
+        check_no_gradients(**{name: value})
     return value
 
 
@@ -103,6 +107,8 @@ def check_ragged(
         raise InputError(f"{'cu_seqlens_q' if cu_q is None else 'cu_seqlens_k'} is missing: ragged calls take both")
     _check_tensors(handle, {"q": q, "k": k, "v": v}, 3, "[tokens, heads, dim]")
     _same_length(k, v, 0)
+    check_tensor("cu_seqlens_q", cu_q)
+    check_tensor("cu_seqlens_k", cu_k)
     if cu_q.shape != cu_k.shape:
         raise InputError(f"cu_seqlens_q has {cu_q.shape[0] - 1} sequences, cu_seqlens_k {cu_k.shape[0] - 1}")
     return {
@@ -178,17 +184,6 @@ def check_pages(step: Step, cache: KVCache | MlaCache) -> None:
         )
 
 
-def check_no_gradient(name: str) -> None:
-    """``name`` requires a gradient, which a kernel without a backward would lose without a word."""
-    import torch
-
-    if torch.is_grad_enabled():
-        raise InputError(
-            f"{name} requires a gradient, which the request does not speak of: ask for needs_grad=True, or call under "
-            "torch.no_grad()"
-        )
-
-
 def _check_tensors(handle: Attention, tensors: dict[str, Tensor], dims: int, form: str) -> None:
     request = handle.request
     wanted = {
@@ -197,6 +192,7 @@ def _check_tensors(handle: Attention, tensors: dict[str, Tensor], dims: int, for
         "v": (request.num_kv_heads, request.v_head_dim),
     }
     for name, tensor in tensors.items():
+        check_tensor(name, tensor)
         if tensor.dim() != dims:
             raise InputError(f"{name} is {tuple(tensor.shape)}: give {form} (ragged calls need cu_seqlens or a plan)")
         if tuple(tensor.shape[-2:]) != wanted[name]:
@@ -208,7 +204,7 @@ def _check_tensors(handle: Attention, tensors: dict[str, Tensor], dims: int, for
         if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             raise InputError(f"{name}'s last stride is {tensor.stride(-1)}: the head dim must be contiguous")
         if tensor.requires_grad and not request.needs_grad:
-            check_no_gradient(name)
+            check_no_gradients(**{name: tensor})
 
 
 def _same_length(k: Tensor, v: Tensor, dim: int) -> None:

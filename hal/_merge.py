@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from hal._argument_kinds import check_tensor
 from hal._front import get_op
+from hal.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +34,10 @@ def merge_attention_states(
     import torch
 
     four = (out_a, lse_a, out_b, lse_b)
+    for name, x in zip(("out_a", "lse_a", "out_b", "lse_b"), four, strict=True):
+        check_tensor(name, x)
+    if out_a.dim() < 2:
+        raise InputError(f"out_a is {tuple(out_a.shape)}: give [..., num_q_heads, v_head_dim]")
     op = get_op(
         "merge_attention_states",
         num_heads=out_a.shape[-2],

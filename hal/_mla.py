@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hal import _devices, _front, _selection, _settings
+from hal._argument_kinds import check_step_kinds
 from hal._attention import Attention
 from hal._bind import bind
 from hal._device import Device
@@ -106,6 +107,8 @@ class MlaAttention(Planner):
         )  # fmt: skip
 
     def _check(self, tensors: Mapping[str, Tensor], cache: MlaCache, plan: Plan) -> None:
+        if not isinstance(plan, Plan) or not isinstance(cache, MlaCache):
+            check_step_kinds(plan, cache, MlaCache)
         plan.check_owner(self)
         if cache._checked_by is not self:
             check_cache(self, cache)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from hal._argument_kinds import check_tensor
 from hal.errors import InputError
 from hal_ops import dtype_name, is_fp8, torch_dtype
 
@@ -110,6 +111,7 @@ def check_tensors(handle: MlaAttention, tensors: Mapping[str, Tensor], sizes: Se
     wanted = {"q": (handle.request.num_q_heads, entry), "latent": (entry,)}
     for name, tensor in tensors.items():
         last = wanted[name]
+        check_tensor(name, tensor)
         if tensor.dim() != len(last) + 1 or tuple(tensor.shape[1:]) != last:
             shown = ", ".join(map(str, last))
             raise InputError(f"{name} is {tuple(tensor.shape)}: give [tokens, {shown}] (latent part, then rotated)")
