@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Rows", "check_input", "check_out", "empty_like", "fold", "half_of", "no_outputs", "refuse_grad"]
+__all__ = [
+    "Rows",
+    "check_input",
+    "check_out",
+    "check_weight",
+    "empty_like",
+    "fold",
+    "half_of",
+    "no_outputs",
+    "refuse_grad",
+]
 
 
 class Rows(NamedTuple):
@@ -65,6 +75,21 @@ def check_input(name: str, x: Tensor, hidden: int, dtype: object) -> None:
         raise ValueError(
             f"{name} is {x.dtype} {tuple(x.shape)} with strides {tuple(x.stride())}: this was bound for {dtype} "
             f"[..., {hidden}] with a contiguous last dim"
+        )
+
+
+def check_weight(name: str, weight: Tensor, hidden: int, dtype: object) -> None:
+    """``weight`` is ``[hidden]`` in ``dtype``, contiguous: of another size it would be repeated, or read past its end.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if weight is None:
+        raise ValueError(f"{name} is missing: give {dtype} [{hidden}]")
+    if weight.shape != (hidden,) or weight.dtype != dtype or (weight.stride(0) != 1 and hidden != 1):
+        raise ValueError(
+            f"{name} is {weight.dtype} {tuple(weight.shape)} with strides {tuple(weight.stride())}: this was bound for "
+            f"{dtype} [{hidden}], contiguous"
         )
 
 

@@ -105,3 +105,60 @@ def test_pages_that_are_not_there() -> None:  # requirement D15
         gather(k_cache, v_cache, torch.tensor([[0, 9]], dtype=torch.int32), lengths, 5, 5)
     with pytest.raises(InputError, match="block_table has 1 pages a row, and the longest row 5 tokens"):
         gather(k_cache, v_cache, torch.tensor([[0]], dtype=torch.int32), lengths, 5, 5)
+
+
+ROTARY: dict[str, Any] = {
+    "q": torch.ones(3, 4, 16),
+    "cos": torch.ones(8, 8),
+    "sin": torch.zeros(8, 8),
+    "positions": torch.arange(3),
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"q": torch.ones(3, 2, 16)}, r"q is float32 \(3, 2, 16\).*should be float32 \(3, 4, 16\)"),
+        ({"sin": torch.zeros(8, 16)}, r"sin is float32 \(8, 16\).*should be float32 \(8, 8\)"),
+        ({"positions": torch.arange(2)}, r"positions is int64 \(2,\)"),
+        ({"positions": torch.arange(6)[::2]}, "positions has stride 2"),
+        ({"out": torch.ones(3, 4, 16).half()}, "out is float16"),
+        *(WRONG_WRITES[name] for name in ("another layout", "too few slots", "a slot past the end", "a gradient")),
+    ],
+)
+def test_a_wrong_write_with_rotary_writes_nothing(changes: dict[str, Any], text: str) -> None:  # requirement D8, P32
+    given = {**writing(), **ROTARY, **changes}
+    call = hal.get_op("rotary_kv_cache_write", **CACHE, num_q_heads=4, dtype="float32")
+    with pytest.raises(InputError, match=f"rotary_kv_cache_write: .*{text}"):
+        call(**given)
+    assert all(not given[name].any() for name in ("k_cache", "v_cache"))
+
+
+@pytest.mark.parametrize(
+    ("states_", "text"),
+    [
+        ((None, None, None, None), "out_a is None: give a tensor"),
+        ((*states()[:3], None), "lse_b is None: give a tensor"),
+        ((states()[0].numpy(), *states()[1:]), "out_a is a numpy.ndarray: give a tensor"),
+        ((torch.ones(8), *states()[1:]), r"out_a is \(8,\): give \[..., num_q_heads, v_head_dim\]"),
+    ],
+)
+def test_what_is_no_state(states_: Any, text: str) -> None:
+    with pytest.raises(InputError, match=text):
+        hal.merge_attention_states(*states_)
+
+
+@pytest.mark.parametrize("weight", [torch.ones(32), torch.ones(1), torch.ones(3, 64), torch.ones(64).half(), None])
+@pytest.mark.parametrize("name", ["rms_norm", "fused_add_rms_norm", "layer_norm"])
+def test_weights_of_a_norm(name: str, weight: Any) -> None:
+    """A weight of one element was spread, one of another format was converted, and GPUs read past a short one."""
+    x, residual = torch.ones(3, 64), torch.ones(3, 64)
+    rows = (x, residual) if name == "fused_add_rms_norm" else (x,)
+    norm = hal.get_op(name, hidden_size=64, dtype="float32", device="cpu", kernel="torch")
+    rest = (torch.ones(64),) if name == "layer_norm" else ()
+    with pytest.raises(ValueError, match="weight is "):
+        norm(*rows, weight, *rest)
+    assert (residual == 1).all()
+    if name == "layer_norm":
+        with pytest.raises(ValueError, match="bias is "):
+            norm(x, torch.ones(64), weight)

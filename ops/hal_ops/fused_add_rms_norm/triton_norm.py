@@ -14,7 +14,7 @@ from torch import Tensor
 from hal_ops._dtypes import torch_dtype
 from hal_ops._triton_norm import NormRows
 from hal_ops.fused_add_rms_norm.op import FusedAddRmsNormRequest
-from hal_ops.rows import check_input, check_out, refuse_grad
+from hal_ops.rows import check_input, check_out, check_weight, refuse_grad
 
 __all__ = ["fused_add_rms_norm"]
 
@@ -29,7 +29,7 @@ def fused_add_rms_norm(request: FusedAddRmsNormRequest, device: object) -> Calla
             refuse_grad()
         check_input("x", x, hidden, dtype)
         check_out("residual", residual, x.shape, dtype)
-        check_input("weight", weight, hidden, weight_dtype)
+        check_weight("weight", weight, hidden, weight_dtype)
         if out is None:
             out = torch.empty_like(x, memory_format=torch.contiguous_format)
         else:

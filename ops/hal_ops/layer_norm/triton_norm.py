@@ -15,7 +15,7 @@ from hal_ops._dtypes import torch_dtype
 from hal_ops._triton_norm import NormRows
 from hal_ops.layer_norm.op import LayerNormRequest
 from hal_ops.layer_norm.reference import check_affine
-from hal_ops.rows import check_input, check_out, refuse_grad
+from hal_ops.rows import check_input, check_out, check_weight, refuse_grad
 
 __all__ = ["layer_norm"]
 
@@ -34,7 +34,7 @@ def layer_norm(request: LayerNormRequest, device: object) -> Callable[..., Tenso
         check_affine(request, weight, bias)
         for name, value in (("weight", weight), ("bias", bias)):
             if value is not None:
-                check_input(name, value, hidden, weight_dtype)
+                check_weight(name, value, hidden, weight_dtype)
         if out is None:
             out = torch.empty_like(x, memory_format=torch.contiguous_format)
         else:

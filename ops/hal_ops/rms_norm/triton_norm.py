@@ -14,7 +14,7 @@ from torch import Tensor
 from hal_ops._dtypes import torch_dtype
 from hal_ops._triton_norm import NormRows
 from hal_ops.rms_norm.op import RmsNormRequest
-from hal_ops.rows import check_input, check_out, refuse_grad
+from hal_ops.rows import check_input, check_out, check_weight, refuse_grad
 
 __all__ = ["rms_norm"]
 
@@ -28,7 +28,7 @@ def rms_norm(request: RmsNormRequest, device: object) -> Callable[..., Tensor]:
         if x.requires_grad or weight.requires_grad:
             refuse_grad()
         check_input("x", x, hidden, dtype)
-        check_input("weight", weight, hidden, weight_dtype)
+        check_weight("weight", weight, hidden, weight_dtype)
         if out is None:
             out = torch.empty_like(x, memory_format=torch.contiguous_format)
         else:
