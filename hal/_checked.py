@@ -1,4 +1,4 @@
-"""The checks of an op before each call of its kernel, whose ever that is; see :attr:`hal_ops.Op.check`."""
+"""The checks before each call of an op's kernel, whose ever that is: its arguments, and that no gradient is lost."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from hal._selection import Selection
 from hal.errors import InputError
 from hal_ops import resolve_target
 
-__all__ = ["checked"]
+__all__ = ["checked", "keeps_gradients"]
 
 
 def checked(selection: Selection, fn: Callable[..., Any]) -> Callable[..., Any]:
-    """``fn`` with the checks of its op, or as it is where the op has none."""
+    """``fn`` with the checks of its op (:attr:`hal_ops.Op.check`), or as it is where the op has none."""
     op = selection.op
     if op.check is None:
         return fn
@@ -25,6 +25,32 @@ def checked(selection: Selection, fn: Callable[..., Any]) -> Callable[..., Any]:
         wrong = problem(*args, **kwargs)
         if wrong:
             raise InputError(f"{op.name}: {wrong}")
+        return fn(*args, **kwargs)
+
+    return call
+
+
+def keeps_gradients(selection: Selection, fn: Callable[..., Any]) -> Callable[..., Any]:
+    """``fn``, which without ``needs_grad`` in the request refuses what requires a gradient.
+
+    It stands outside of traced nodes, since compilers take apart what requires gradients before they call one.
+    """
+    import torch
+
+    request = selection.request
+    if getattr(request, "needs_grad", False):
+        return fn
+    known = "needs_grad" in request.rules()
+    remedy = "ask for needs_grad=True" if known else "it is not differentiable, so detach what it is given"
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            for x in (*args, *kwargs.values()):
+                if isinstance(x, torch.Tensor) and x.requires_grad:
+                    raise InputError(
+                        f"{selection.op.name}: an input requires a gradient, which the request does not speak of: {remedy}, "
+                        "or call under torch.no_grad()"
+                    )
         return fn(*args, **kwargs)
 
     return call

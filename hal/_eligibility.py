@@ -187,7 +187,8 @@ def _library_version(needs: Needs, found: Version) -> Iterator[Reason]:
         code = "version_too_old" if _below(found, needs.versions) else "version_too_new"
         text = f"needs {needs.library} {needs.versions}; {found} is installed"
     because = f" ({needs.because})" if needs.because else ""
-    yield Reason(code, text + because, "library", str(found), needs.versions, _install(needs))
+    remedy = _exactly(needs) if code == "version_too_new" else _install(needs)
+    yield Reason(code, text + because, "library", str(found), needs.versions, remedy)
 
 
 def _below(found: Version, wanted: str) -> bool:
@@ -198,7 +199,12 @@ def _below(found: Version, wanted: str) -> bool:
 
 
 def _install(needs: Needs) -> str:
-    return needs.install or f"`pip install '{needs.library}{needs.versions}'`"
+    return needs.install or _exactly(needs)
+
+
+def _exactly(needs: Needs) -> str:
+    """In the versions that are needed: what a kernel says of installing may bring the newest."""
+    return f"`pip install '{needs.library}{needs.versions}'`"
 
 
 def _fields(kernel: Kernel, request: Request) -> Iterator[Reason]:

@@ -10,7 +10,7 @@ from typing import Any
 from hal import _devices, _plugins, _selection, _settings
 from hal._attention import Attention, check_needs_cache
 from hal._bind import bind
-from hal._checked import checked
+from hal._checked import checked, keeps_gradients
 from hal._device import Device
 from hal._handle_key import forget_states, key_of
 from hal._selection import Selection
@@ -113,12 +113,13 @@ def get_attentions(
     ``layers`` holds mappings of :func:`get_attention`'s arguments, or ``AttentionRequest`` objects; ``device``, ``kernel``
     and ``compile`` are as there.
 
+    What one layer names of these, layers that leave it open get too.
+
     Raises:
         InputError: layers that ask for different page sizes, layouts or KV dtypes; the clash is named.
         NoKernelError: some layer cannot be served.
     """
-    requests = [x if isinstance(x, AttentionRequest) else AttentionRequest(**x) for x in layers]
-    _check_common(requests)
+    requests = _with_common([x if isinstance(x, AttentionRequest) else AttentionRequest(**x) for x in layers])
     where = _devices.device(device)
 
     def decide(i: int) -> Selection:
@@ -127,8 +128,10 @@ def get_attentions(
     return tuple(_attention(lambda i=i: decide(i), compile) for i in range(len(requests)))
 
 
-def _check_common(requests: Sequence[AttentionRequest]) -> None:
+def _with_common(requests: Sequence[AttentionRequest]) -> list[AttentionRequest]:
+    """The requests with what one layer names of the cache they share in the place of what others leave open."""
     paged = [(i, r) for i, r in enumerate(requests) if check_needs_cache(r)]
+    named: dict[str, Any] = {}
     for field in ("page_size", "kv_layout", "kv_dtype"):
         asked: dict[Any, list[int]] = {}
         for i, request in paged:
@@ -137,6 +140,13 @@ def _check_common(requests: Sequence[AttentionRequest]) -> None:
         if len(asked) > 1:
             clash = "; ".join(f"{value!r} by layers {', '.join(map(str, which))}" for value, which in asked.items())
             raise InputError(f"the layers share one cache and ask for different {field}: {clash}")
+        named.update((field, value) for value in asked)
+    return [_filled(request, named) for request in requests]
+
+
+def _filled(request: AttentionRequest, named: Mapping[str, Any]) -> AttentionRequest:
+    given = {name: value for name, value in named.items() if getattr(request, name) == AUTO}
+    return request.replace(**given) if given and check_needs_cache(request) else request
 
 
 def _attention(decide: Any, traced: bool) -> Attention:
@@ -228,7 +238,7 @@ def get_op(
     selection, made = bind(lambda: _selection.select(request, device=device, kernel=kernel))
     _keep_receipt(selection)
     fn = checked(selection, made["call"])
-    handle = BoundOp(selection, _traceable(selection, fn) if compile else fn)
+    handle = BoundOp(selection, keeps_gradients(selection, _traceable(selection, fn) if compile else fn))
     if key is not None:
         _remember(key, handle)
     return handle

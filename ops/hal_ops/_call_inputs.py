@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["gradient_lost", "mismatch", "rows_apart", "shown"]
+__all__ = ["mismatch", "rows_apart", "shown"]
 
 
 def mismatch(name: str, x: object, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> str:
@@ -28,10 +28,3 @@ def shown(x: object) -> str:
     if not isinstance(x, Tensor):
         return "missing" if x is None else f"a {type(x).__name__}"
     return f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)} on {x.device}"
-
-
-def gradient_lost(what: str, *tensors: object) -> str:
-    """That a gradient would be lost without a word, where one of the tensors requires it; ``what`` says the remedy."""
-    if not torch.is_grad_enabled() or not any(isinstance(x, Tensor) and x.requires_grad for x in tensors):
-        return ""
-    return f"an input requires a gradient, and none flows back: {what}, or call it under torch.no_grad()"

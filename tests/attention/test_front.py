@@ -214,6 +214,16 @@ def test_several_layers_with_one_cache_layout() -> None:  # requirement P33
     assert (full.request.page_size, full.request.kv_layout) == (window.request.page_size, window.request.kv_layout)
 
 
+def test_what_one_layer_names_of_the_cache_is_of_all() -> None:  # requirement P33
+    common = {k: v for k, v in SMALL.items() if k not in ("device", "page_size", "kv_layout")}
+    named = {**common, "page_size": 32, "kv_layout": "HND"}
+    for layers in ([named, {**common, "window": 4}], [common, {**named, "window": 4}]):
+        made = hal.get_attentions(layers, device="cpu")
+        assert {(h.request.page_size, h.request.kv_layout) for h in made} == {(32, "HND")}
+    alone = hal.get_attentions([named, {**common, "phases": "prefill"}], device="cpu")[1]
+    assert "write" not in alone.kernels(), "a layer without a cache is left alone"
+
+
 def test_a_handle_explains_itself() -> None:  # requirement X19
     handle = hal.get_attention(**SMALL)
     text = handle.explain()

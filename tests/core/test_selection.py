@@ -168,7 +168,8 @@ def test_a_missing_library_blames_the_library_and_an_old_device_the_device(
 def test_library_versions_are_compared_as_numbers(
     fake_platform: Any, library: Any, installed: str, code: str | None
 ) -> None:  # requirement E1, P21, R2
-    needs = hal.Needs("some-lib", ">=3.0,<13", because="13 renamed the function")
+    newest = "`pip install some-lib`"
+    needs = hal.Needs("some-lib", ">=3.0,<13", install=newest, because="13 renamed the function")
     fake_platform(kernels=library("lib", needs=(needs,)))
     with hal.simulate(libraries={"some-lib": installed}):
         selection = hal.select(request())
@@ -178,6 +179,7 @@ def test_library_versions_are_compared_as_numbers(
         (reason,) = reasons(selection, "lib.decode")
         assert "13 renamed the function" in reason.text
         assert "13.1 is installed" in reason.text
+        assert reason.remedy == "`pip install 'some-lib>=3.0,<13'`", "the newest would not do"
 
 
 @pytest.mark.parametrize(("runtime", "admitted"), [("12.10", True), ("12.3", True), ("12.2", False), ("13", True)])

@@ -162,3 +162,18 @@ def test_weights_of_a_norm(name: str, weight: Any) -> None:
     if name == "layer_norm":
         with pytest.raises(ValueError, match="bias is "):
             norm(x, torch.ones(64), weight)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
+def test_a_gradient_that_was_not_asked_for_is_an_error(compiled: bool) -> None:  # requirement R12
+    """Whatever the kernel could do, and under compilers too, which hand a node what requires no gradient."""
+    bound = hal.get_op("rms_norm", hidden_size=16, dtype="float32", device="cpu", compile=compiled)
+    x, weight = torch.ones(2, 16), torch.ones(16, requires_grad=True)
+    call = torch.compile(lambda *xs: bound(*xs), backend="aot_eager") if compiled else bound
+    with pytest.raises(InputError, match=r"rms_norm: an input requires a gradient.*ask for needs_grad=True"):
+        call(x, weight)
+    with torch.no_grad():
+        call(x, weight)
+    asked = hal.get_op("rms_norm", hidden_size=16, dtype="float32", device="cpu", needs_grad=True)
+    torch.autograd.backward(asked(x, weight).sum())
+    assert weight.grad is not None

@@ -129,10 +129,6 @@ def test_rotary_and_write_says_what_does_not_fit(device: str) -> None:
     call = rotary_kv_cache_write(request, device)
     x, table, slots = torch.zeros(3, 1, 16, device=device), torch.zeros(4, 8, device=device), torch.arange(3).to(device)
     cache = torch.zeros(1, 16, 1, 16, device=device)
-    with pytest.raises(ValueError, match=r"have \[2, 3\] tokens"):
-        call(x, x, x, table, table, slots, cache, cache, slots[:2])
-    with pytest.raises(ValueError, match=r"bound for \[tokens, heads, dim\] with \(1, 1, 1\) heads"):
-        call(x.expand(3, 2, 16), x, x, table, table, slots, cache, cache, slots)
     with pytest.raises(RuntimeError, match="this kernel has no backward"):
         call(x.clone().requires_grad_(), x, x, table, table, slots, cache, cache, slots)
     none = call(x[:0], x[:0], x[:0], table, table, slots[:0], cache, cache, slots[:0])

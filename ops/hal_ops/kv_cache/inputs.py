@@ -8,13 +8,11 @@ import torch
 from torch import Tensor
 
 from hal_ops._cache_inputs import CacheInputs
-from hal_ops._call_inputs import gradient_lost, mismatch, rows_apart
+from hal_ops._call_inputs import mismatch, rows_apart
 from hal_ops._dtypes import torch_dtype
 from hal_ops.kv_cache.op import KvCacheWriteRequest
 
-__all__ = ["NO_GRADIENT", "check"]
-
-NO_GRADIENT = "a cache is not differentiable, detach what is written"
+__all__ = ["check"]
 
 
 def check(request: KvCacheWriteRequest, device: torch.device, values: bool) -> Callable[..., str]:
@@ -40,7 +38,6 @@ def check(request: KvCacheWriteRequest, device: torch.device, values: bool) -> C
             or about.scales(k_scale, v_scale)
             or about.numbers("slot_mapping", slot_mapping, tokens, torch.int64)
             or about.below("slot_mapping", slot_mapping, k_cache.shape[0] * request.page_size, "slots")
-            or gradient_lost(NO_GRADIENT, k, v)
         )
 
     return problem

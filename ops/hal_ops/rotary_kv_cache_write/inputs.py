@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from hal_ops._cache_inputs import CacheInputs
-from hal_ops._call_inputs import gradient_lost, mismatch, rows_apart
+from hal_ops._call_inputs import mismatch, rows_apart
 from hal_ops._dtypes import torch_dtype
-from hal_ops.kv_cache.inputs import NO_GRADIENT
 from hal_ops.rotary_kv_cache_write.op import RotaryKvCacheWriteRequest
 
 __all__ = ["check"]
@@ -50,7 +49,6 @@ def check(request: RotaryKvCacheWriteRequest, device: torch.device, values: bool
             or about.scales(k_scale, v_scale)
             or about.numbers("slot_mapping", slot_mapping, tokens, torch.int64)
             or about.below("slot_mapping", slot_mapping, k_cache.shape[0] * request.page_size, "slots")
-            or gradient_lost(NO_GRADIENT, q, k, v)
         )
 
     return problem

@@ -24,7 +24,7 @@ from hal_ops._launch import Launch
 from hal_ops._triton_rows import aligned
 from hal_ops.kv_cache.triton_write import DTYPES, quantized
 from hal_ops.rotary_kv_cache_write.op import RotaryKvCacheWriteRequest
-from hal_ops.rows import check_input, check_out, empty_like, refuse_grad
+from hal_ops.rows import check_out, empty_like, refuse_grad
 
 __all__ = ["constants_of", "rotary_kv_cache_write", "rotary_write_kernel"]
 
@@ -162,7 +162,6 @@ class _RotaryWrite:
     ) -> Tensor:
         if q.requires_grad or k.requires_grad or v.requires_grad:
             refuse_grad()
-        self._check(q, k, v, cos, sin, positions, slot_mapping)
         if out is None:
             out = empty_like(q)
         else:
@@ -182,25 +181,6 @@ class _RotaryWrite:
             kc[0], kc[slot], kc[head], vc[0], vc[slot], vc[head],
         )  # fmt: skip
         return out
-
-    def _check(
-        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, slots: Tensor
-    ) -> None:
-        request, (dtype, table_dtype) = self._request, self._formats
-        for name, x, dim in (("q", q, request.head_dim), ("k", k, request.head_dim), ("v", v, request.v_head_dim)):
-            check_input(name, x, dim, dtype)
-        for name, table in (("cos", cos), ("sin", sin)):
-            check_input(name, table, request.rotary_dim // 2, table_dtype)
-        lengths = {len(x) for x in (q, k, v, positions, slots)}
-        if len(lengths) != 1:
-            raise ValueError(f"q, k, v, positions and slot_mapping have {sorted(lengths)} tokens: give equally many")
-        heads = q.shape[-2], k.shape[-2], v.shape[-2]
-        wanted = request.num_q_heads, request.num_kv_heads, request.num_kv_heads
-        if heads != wanted or {q.dim(), k.dim(), v.dim()} != {3}:
-            raise ValueError(
-                f"q, k and v are {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}: this was bound for "
-                f"[tokens, heads, dim] with {wanted} heads"
-            )
 
 
 def constants_of(request: RotaryKvCacheWriteRequest) -> dict[str, Any]:
