@@ -18,6 +18,7 @@ from torch import Tensor
 
 import hal
 from hal import _plugins
+from hal._attention import for_step
 from hal._plan import make_step
 from hal.testing._verify import circumstances, refusals
 from hal_ops import Request, resolve_target
@@ -164,21 +165,16 @@ def _prepared(kernel: hal.Kernel, request: Request, device: hal.Device, form: st
     lengths = _LENGTHS[kernel.phase]
     case = make_case(request, kernel.phase, device=place, lengths=lengths, **({"form": form} if form else {}))
     if form == "ragged":
-        made, bounds = _of_a_step(implementation, lengths[0][0], place)
-        return functools.partial(made, *case.args, **bounds)
+        return functools.partial(_of_a_step(implementation, lengths[0][0], place), *case.args)
     if kernel.phase == "prefill":
-        return functools.partial(implementation, *case.args, **case.kwargs)
+        alike = implementation.for_dense(*case.args) if hasattr(implementation, "for_dense") else implementation
+        return functools.partial(alike, *case.args)
     return functools.partial(implementation, *case.args, implementation.plan(case.args[3]), **case.kwargs)
 
 
-def _of_a_step(implementation: Any, length: int, place: torch.device) -> tuple[Any, dict[str, Any]]:
+def _of_a_step(implementation: Any, length: int, place: torch.device) -> Any:
     """The call of a planned step, whose keys are its queries' own, as a handle makes it."""
-    step = make_step([length], [length], torch.zeros(1, 1, dtype=torch.int32), 16, place)
-    cu, longest = step.cu_seqlens_q, step.max_q_len
-    lengths = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": longest, "max_seqlen_k": longest}
-    for_step = getattr(implementation, "for_step", None)
-    made = implementation if for_step is None else for_step(step)
-    return made, lengths
+    return for_step(implementation, make_step([length], [length], torch.zeros(1, 1, dtype=torch.int32), 16, place))
 
 
 def _inputs(request: Request) -> list[Any]:

@@ -15,7 +15,7 @@ from hal._planner import Planner
 from hal._selection import Selection
 from hal.errors import InputError
 from hal_ops import is_fp8, torch_dtype
-from hal_ops.attention import AttentionRequest
+from hal_ops.attention import AttentionRequest, Step, with_lengths
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -164,19 +164,14 @@ class Attention(Planner):
             return plan._run(
                 q, cache.k, cache.v, step, plan._payload, k_scale=cache.k_scale, v_scale=cache.v_scale, **extras
             )
-        out = plan._run(
-            q, k, v,
-            cu_seqlens_q=step.cu_seqlens_q, cu_seqlens_k=step.cu_seqlens_q,
-            max_seqlen_q=step.max_q_len, max_seqlen_k=step.max_q_len, **extras,
-        )  # fmt: skip
+        out = plan._run(q, k, v, **extras)
         self._write(k, v, cache.k, cache.v, slots, k_scale=cache.k_scale, v_scale=cache.v_scale)
         return out
 
     def _prepare(self, plan: Plan) -> None:
-        """A prefill kernel that plans from host lengths does so here, once for all layers."""
-        for_step = getattr(self._prefill, "for_step", None)
-        if plan.phase == "prefill" and for_step is not None:
-            plan._run = for_step(plan._step)
+        """What all layers have in common is given to a prefill kernel here, once."""
+        if plan.phase == "prefill":
+            plan._run = for_step(self._prefill, plan._step)
 
     def _page_size(self) -> int:
         if not isinstance(self.request.page_size, int) or self._write is None:
@@ -239,6 +234,11 @@ class Attention(Planner):
     def __repr__(self) -> str:
         names = ", ".join(f"{p} {name}" for p, name in self.kernels().items())
         return f"<hal.Attention of {self.request.describe()} on {self.device.id}: {names}>"
+
+
+def for_step(prefill: Any, step: Step) -> Any:
+    """The call of a step whose keys are its queries' own, without its lengths."""
+    return prefill.for_step(step) if hasattr(prefill, "for_step") else with_lengths(prefill, step)
 
 
 def _learnt(*tensors: Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ def planning(request: Any, device: Any) -> Any:
 
         def for_step(self, step: Any) -> Any:
             made.append(step.q_lens)
-            return Prefill()
+            return partial(self, cu_seqlens_q=step.cu_seqlens_q, cu_seqlens_k=step.cu_seqlens_q)
 
     return Prefill()
 

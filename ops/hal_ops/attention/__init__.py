@@ -4,7 +4,7 @@ Code is reached by target: :mod:`hal_ops.attention.reference` (the oracle), :mod
 (CPU kernels), :mod:`hal_ops.attention.cases` (inputs for tests and for the conformance kit).
 """
 
-from hal_ops.attention.contract import PagedAttention, PrefillAttention, Step
+from hal_ops.attention.contract import PagedAttention, PrefillAttention, Step, with_lengths
 from hal_ops.attention.op import ATTENTION
 from hal_ops.attention.request import PHASES, AttentionRequest, Window, normalize_window
 
@@ -17,4 +17,5 @@ __all__ = [
     "Step",
     "Window",
     "normalize_window",
+    "with_lengths",
 ]

@@ -8,11 +8,13 @@ Public semantics (shapes, masks, numerics) are those of ``docs/attention.md``; t
        sinks=None, alibi_slopes=None, return_lse=False) -> out | (out, lse)
 
 Dense without ``cu_seqlens_*``: q ``[batch, q_len, num_q_heads, head_dim]``, k and v with ``num_kv_heads``. Ragged with
-them: ``[tokens, heads, dim]``, int32 cumulative lengths in tokens on q's device, and host maxima. A kernel that has to
-know lengths on the host may have ``fn.for_step(step) -> fn``: the same call for a step whose keys are its queries' own,
-made once for all layers from the step's host lengths. One that looks at sizes in each dense call may have
-``fn.for_dense(q, k, v) -> fn``: what is to be called with three tensors alone, while shapes, strides, dtypes and devices
-are those of these.
+them: ``[tokens, heads, dim]``, int32 cumulative lengths in tokens on q's device, and host maxima. A kernel may have two
+attributes for what is the same in many calls:
+
+- ``fn.for_step(step) -> fn``: the call of a step whose keys are its queries' own, made once for all layers. It is given
+  no lengths, and only keywords that the request allows.
+- ``fn.for_dense(q, k, v) -> fn``: what is to be called with three tensors alone, while shapes, strides, dtypes and devices
+  are those of these.
 
 If the request has an FP8 ``qkv_dtype``, q, k and v are in it, ``out`` in ``request.dtype``, and ``fn`` takes ``q_scale``,
 ``k_scale`` and ``v_scale`` too: None (1.0), or float32 of one element or ``[num_kv_heads]``, that values were divided by.
@@ -35,12 +37,13 @@ element or ``[num_kv_heads]``.
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["PagedAttention", "PrefillAttention", "Step"]
+__all__ = ["PagedAttention", "PrefillAttention", "Step", "with_lengths"]
 
 
 @dataclasses.dataclass(slots=True)
@@ -69,6 +72,12 @@ class Step:
     block_table: Tensor
     slot_mapping: Tensor
     page_size: int
+
+
+def with_lengths(call: Any, step: Step) -> Any:
+    """``call``, a callable of the prefill phase, with the lengths of a step whose keys are its queries' own."""
+    cumulative, longest = step.cu_seqlens_q, step.max_q_len
+    return partial(call, cu_seqlens_q=cumulative, cu_seqlens_k=cumulative, max_seqlen_q=longest, max_seqlen_k=longest)
 
 
 class PrefillAttention(Protocol):

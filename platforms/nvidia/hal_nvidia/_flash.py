@@ -33,7 +33,13 @@ def without_keys(lse: Tensor) -> Tensor:
     return lse.masked_fill_(lse == torch.inf, -torch.inf)
 
 
-def nothing(q: Tensor, v_head_dim: int, return_lse: bool, dtype: torch.dtype | None = None) -> Any:
-    """The outcome where there is no key at all, or no query: zeros (in q's format, or ``dtype``), and an LSE of -inf."""
+def nothing(
+    q: Tensor, v_head_dim: int, return_lse: bool, dtype: torch.dtype | None = None, sinks: Tensor | None = None
+) -> Any:
+    """The outcome where there is no key at all, or no query: zeros (in q's format, or ``dtype``), and an LSE of -inf, or
+    of the sinks."""
     out = q.new_zeros((*q.shape[:-1], v_head_dim), dtype=dtype)
-    return (out, q.new_full(q.shape[:-1], -torch.inf, dtype=torch.float32)) if return_lse else out
+    if not return_lse:
+        return out
+    lse = q.new_full(q.shape[:-1], -torch.inf, dtype=torch.float32)
+    return out, lse if sinks is None else lse.copy_(sinks)

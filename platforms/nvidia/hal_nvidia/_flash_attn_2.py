@@ -23,11 +23,21 @@ __all__ = ["decode", "extend", "prefill"]
 
 def prefill(request: AttentionRequest, device: hal.Device) -> PrefillAttention:
     """The prefill phase."""
-    options = {**_masks(request), "deterministic": request.deterministic}
-    dense, ragged = partial(flash_attn_func, **options), partial(flash_attn_varlen_func, **options)
-    v_head_dim, alibi = request.v_head_dim, request.alibi
+    return _Prefill(request)
 
-    def call(
+
+class _Prefill:
+    def __init__(self, request: AttentionRequest) -> None:
+        options = {**_masks(request), "deterministic": request.deterministic}
+        self._request = request
+        self._dense, self._ragged = partial(flash_attn_func, **options), partial(flash_attn_varlen_func, **options)
+
+    def for_dense(self, q: Tensor, k: Tensor, v: Tensor) -> Any:
+        """The library's function itself, where a call has keys and queries, and nothing else."""
+        return self._dense if q.numel() and k.numel() else self
+
+    def __call__(
+        self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -40,20 +50,19 @@ def prefill(request: AttentionRequest, device: hal.Device) -> PrefillAttention:
         alibi_slopes: Tensor | None = None,
         return_lse: bool = False,
     ) -> Any:
-        if alibi or sinks is not None or alibi_slopes is not None:
+        request = self._request
+        if request.alibi or sinks is not None or alibi_slopes is not None:
             check_tensors(request, sinks, alibi_slopes)
         if not q.numel() or not k.numel():
-            return nothing(q, v_head_dim, return_lse)
+            return nothing(q, request.v_head_dim, return_lse)
         if cu_seqlens_q is None:
-            found = dense(q, k, v, alibi_slopes=alibi_slopes, return_attn_probs=return_lse)
+            found = self._dense(q, k, v, alibi_slopes=alibi_slopes, return_attn_probs=return_lse)
         else:
-            found = ragged(
+            found = self._ragged(
                 q, k, v, cu_seqlens_q, cu_seqlens_k, longest_query(q, cu_seqlens_q, max_seqlen_q),
                 max_seqlen_k or k.shape[0], alibi_slopes=alibi_slopes, return_attn_probs=return_lse,
             )  # fmt: skip
         return (found[0], without_keys(found[1].transpose(-1, -2))) if return_lse else found
-
-    return call
 
 
 def _masks(request: AttentionRequest) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from hal_nvidia._flash import nothing, window_of
 from hal_nvidia._flash_attn_3_sizes import check_size, metadata_sizes
 from hal_nvidia._fp8_query import quantizer
 from hal_ops import is_fp8, torch_dtype
-from hal_ops.attention import AttentionRequest, PagedAttention, PrefillAttention, Step
+from hal_ops.attention import AttentionRequest, PagedAttention, PrefillAttention, Step, with_lengths
 from hal_ops.attention.reference import check_tensors
 
 __all__ = ["decode", "extend", "prefill"]
@@ -44,18 +44,34 @@ def prefill(request: AttentionRequest, device: hal.Device) -> PrefillAttention:
         ValueError: sinks are asked for, and the library's functions take none.
     """
     _check_sinks(request)
-    options: dict[str, Any] = {
-        "softmax_scale": request.softmax_scale,
-        "causal": request.causal,
-        "window_size": window_of(request),
-        "softcap": request.softcap,
-        "deterministic": request.deterministic and request.needs_grad,
-    }
-    dense, ragged = partial(flash_attn_func, **options), partial(flash_attn_varlen_func, **options)
-    v_head_dim, with_sinks, dtype = request.v_head_dim, request.sinks, torch_dtype(request.dtype)
-    kv_heads = request.num_kv_heads
+    return _Prefill(request)
 
-    def call(
+
+class _Prefill:
+    def __init__(self, request: AttentionRequest) -> None:
+        options: dict[str, Any] = {
+            "softmax_scale": request.softmax_scale,
+            "causal": request.causal,
+            "window_size": window_of(request),
+            "softcap": request.softcap,
+            "deterministic": request.deterministic and request.needs_grad,
+        }
+        self._request = request
+        self._dense, self._ragged = partial(flash_attn_func, **options), partial(flash_attn_varlen_func, **options)
+        self._dtype = torch_dtype(request.dtype)
+        self._bare = not (request.sinks or request.return_lse or is_fp8(request.qkv_dtype))
+        """Whether a call has nothing but q, k and v."""
+
+    def for_dense(self, q: Tensor, k: Tensor, v: Tensor) -> Any:
+        """The library's function itself, where a call has keys and queries."""
+        return self._dense if q.numel() and k.numel() else self
+
+    def for_step(self, step: Step) -> Any:
+        """The library's function with the step's lengths, where a call can have nothing more."""
+        return with_lengths(self._ragged if self._bare and step.num_tokens else self, step)
+
+    def __call__(
+        self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -71,24 +87,24 @@ def prefill(request: AttentionRequest, device: hal.Device) -> PrefillAttention:
         v_scale: Tensor | None = None,
         return_lse: bool = False,
     ) -> Any:
-        if with_sinks or sinks is not None or alibi_slopes is not None:
+        request = self._request
+        if request.sinks or sinks is not None or alibi_slopes is not None:
             check_tensors(request, sinks, alibi_slopes)
         if not q.numel() or not k.numel():
-            return nothing(q, v_head_dim, return_lse, dtype)
+            return nothing(q, request.v_head_dim, return_lse, self._dtype, sinks)
         more: dict[str, Any] = {} if sinks is None else {"sinks": sinks.to(torch.bfloat16)}
         if not q_scale is k_scale is v_scale is None:
             rows = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
-            more.update(_descales((rows, kv_heads), q_scale, k_scale, v_scale))
+            more.update(_descales((rows, request.num_kv_heads), q_scale, k_scale, v_scale))
         if cu_seqlens_q is None:
-            found = dense(q, k, v, return_attn_probs=return_lse, **more)
+            found = self._dense(q, k, v, return_attn_probs=return_lse, **more)
         else:
-            found = ragged(
-                q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q or q.shape[0], max_seqlen_k or k.shape[0],
+            found = self._ragged(
+                q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+                max_seqlen_q=max_seqlen_q or q.shape[0], max_seqlen_k=max_seqlen_k or k.shape[0],
                 return_attn_probs=return_lse, **more,
             )  # fmt: skip
         return (found[0], found[1].transpose(-1, -2)) if return_lse else found
-
-    return call
 
 
 def _descales(size: tuple[int, int], *scales: Tensor | None) -> dict[str, Tensor]:
@@ -117,10 +133,10 @@ def decode(request: AttentionRequest, device: hal.Device) -> PagedAttention:
 
 @dataclasses.dataclass(slots=True)
 class Schedule:
-    """One step's plan: the planner's metadata, and the bound on query lengths that it was made with."""
+    """One step's plan: the planner's metadata, and the library's function with all that layers have in common."""
 
     metadata: Tensor
-    longest: int
+    attend: Any
 
 
 class _Paged:
@@ -145,13 +161,20 @@ class _Paged:
             **masks,
         }
         self._quantize = quantizer(request, device) if is_fp8(request.kv_dtype) else None
+        self._bare = not (request.sinks or self._heads_first or self._quantize)
+        """Whether a call without an LSE has nothing to be converted."""
 
     def plan(self, step: Step) -> Schedule | None:
         """The planner's metadata. One kernel is launched; nothing waits for it."""
         longest = self._longest(step)
         if not step.batch or not longest or not step.block_table.shape[1]:
             return None
-        return Schedule(self._metadata(step, longest), longest)
+        metadata = self._metadata(step, longest)
+        attend = partial(
+            self._attend, cache_seqlens=step.kv_lens, page_table=step.block_table, cu_seqlens_q=step.cu_seqlens_q,
+            max_seqlen_q=longest, scheduler_metadata=metadata,
+        )  # fmt: skip
+        return Schedule(metadata, attend)
 
     def update(self, step: Step, payload: Schedule | None) -> Schedule | None:
         """The metadata of another step, in the memory of ``payload`` where a captured graph may hold its address.
@@ -196,9 +219,11 @@ class _Paged:
         v_scale: Tensor | None = None,
         return_lse: bool = False,
     ) -> Any:
+        if self._bare and payload is not None and sinks is alibi_slopes is None and not return_lse:
+            return payload.attend(q, k_cache, v_cache)
         if self._with_sinks or sinks is not None or alibi_slopes is not None:
             check_tensors(self._request, sinks, alibi_slopes)
-        if payload is None or not q.numel():
+        if payload is None:
             return nothing(q, self._request.v_head_dim, return_lse)
         more: dict[str, Any] = {} if sinks is None else {"sinks": sinks.to(torch.bfloat16)}
         if self._heads_first:
@@ -206,9 +231,5 @@ class _Paged:
         if self._quantize is not None:
             q, scale = self._quantize(q)
             more.update(_descales((step.batch, self._kv_heads), scale, k_scale, v_scale))
-        found = self._attend(
-            q, k_cache, v_cache, cache_seqlens=step.kv_lens, page_table=step.block_table,
-            cu_seqlens_q=step.cu_seqlens_q, max_seqlen_q=payload.longest, scheduler_metadata=payload.metadata,
-            return_softmax_lse=return_lse, **more,
-        )  # fmt: skip
+        found = payload.attend(q, k_cache, v_cache, return_softmax_lse=return_lse, **more)
         return (found[0], found[1].transpose(0, 1)) if return_lse else found

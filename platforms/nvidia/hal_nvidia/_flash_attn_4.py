@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import hal
-from hal_ops.attention import AttentionRequest, Step
+from hal_nvidia._flash import nothing
+from hal_ops.attention import AttentionRequest, Step, with_lengths
 
 __all__ = ["decode", "extend", "prefill"]
 
@@ -50,9 +53,19 @@ class _Prefill:
     """The prefill phase."""
 
     def __init__(self, request: AttentionRequest) -> None:
-        cute = _cute()
-        self._dense, self._ragged = cute.flash_attn_func, cute.flash_attn_varlen_func
-        self._settings = {**_settings(request), "deterministic": request.deterministic}
+        cute, settings = _cute(), {**_settings(request), "deterministic": request.deterministic}
+        self._dense = partial(cute.flash_attn_func, **settings)
+        self._ragged = partial(cute.flash_attn_varlen_func, **settings)
+        self._v_head_dim = request.v_head_dim
+        self._bare = not (request.sinks or request.return_lse)
+        """Whether a call has nothing but q, k and v."""
+
+    def for_step(self, step: Step) -> Any:
+        """The library's function with the step's lengths, where a call can have nothing more."""
+        if not self._bare or not step.num_tokens:
+            return with_lengths(self, step)
+        ragged = with_lengths(self._ragged, step)
+        return lambda q, k, v: ragged(q, k, v)[0]
 
     def __call__(
         self,
@@ -68,9 +81,11 @@ class _Prefill:
         alibi_slopes: Tensor | None = None,
         return_lse: bool = False,
     ) -> Any:
+        if not q.numel() or not k.numel():
+            return nothing(q, self._v_head_dim, return_lse, sinks=sinks)
         if cu_seqlens_q is None:
-            out, lse = self._dense(q, k, v, learnable_sink=sinks, return_lse=return_lse, **self._settings)
-            return (out, lse.transpose(1, 2)) if return_lse else out
+            out, lse = self._dense(q, k, v, learnable_sink=sinks, return_lse=return_lse)
+            return (out, _finite(lse.transpose(1, 2), sinks)) if return_lse else out
         out, lse = self._ragged(
             q,
             k,
@@ -81,20 +96,32 @@ class _Prefill:
             max_seqlen_k=max_seqlen_k,
             learnable_sink=sinks,
             return_lse=return_lse,
-            **self._settings,
         )
-        return (out, lse.t()) if return_lse else out
+        return (out, _finite(lse.t(), sinks)) if return_lse else out
+
+
+def _finite(lse: Tensor, sinks: Tensor | None) -> Tensor:
+    """The LSE ``[..., heads]``, with the sink itself where it is +inf: the sink is then above every score by more than 88,
+    and the library, whose sums are relative to the largest score, has lost it to an overflow (seen with 4.0.0b36)."""
+    return lse if sinks is None else lse.where(lse != torch.inf, sinks)
 
 
 class _Paged:
     """Both paged phases. The bound on the keys is the page table's: it holds for every replay of a graph."""
 
     def __init__(self, request: AttentionRequest, *, splits: int) -> None:
-        self._function = _cute().flash_attn_varlen_func
-        self._settings = {**_settings(request), "num_splits": splits}
+        self._attend = partial(_cute().flash_attn_varlen_func, **_settings(request), num_splits=splits)
 
-    def plan(self, step: Step) -> None:
-        """Nothing: lengths and tables are read on the device."""
+    def plan(self, step: Step) -> Any:
+        """The library's function with the step's tensors and bounds. Lengths and tables are read on the device."""
+        return partial(
+            self._attend,
+            cu_seqlens_q=step.cu_seqlens_q,
+            max_seqlen_q=step.max_q_len,
+            max_seqlen_k=step.block_table.shape[1] * step.page_size,
+            seqused_k=step.kv_lens,
+            page_table=step.block_table,
+        )
 
     def __call__(
         self,
@@ -102,7 +129,7 @@ class _Paged:
         k_cache: Tensor,
         v_cache: Tensor,
         step: Step,
-        payload: None,
+        payload: Any,
         *,
         sinks: Tensor | None = None,
         alibi_slopes: Tensor | None = None,
@@ -110,17 +137,7 @@ class _Paged:
         v_scale: Tensor | None = None,
         return_lse: bool = False,
     ) -> Any:
-        out, lse = self._function(
-            q,
-            k_cache,
-            v_cache,
-            cu_seqlens_q=step.cu_seqlens_q,
-            max_seqlen_q=step.max_q_len,
-            max_seqlen_k=step.block_table.shape[1] * step.page_size,
-            seqused_k=step.kv_lens,
-            page_table=step.block_table,
-            learnable_sink=sinks,
-            return_lse=return_lse,
-            **self._settings,
-        )
-        return (out, lse.t()) if return_lse else out
+        if sinks is None and not return_lse:
+            return payload(q, k_cache, v_cache)[0]
+        out, lse = payload(q, k_cache, v_cache, learnable_sink=sinks, return_lse=return_lse)
+        return (out, _finite(lse.t(), sinks)) if return_lse else out

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import hal
 from hal_nvidia import _flashinfer_pool as pool
-from hal_ops.attention import AttentionRequest, Step
+from hal_ops.attention import AttentionRequest, Step, with_lengths
 
 __all__ = ["fmha_v2_prefill"]
 
@@ -34,9 +34,10 @@ class _FmhaV2:
         self._scale = request.softmax_scale
         self._causal = request.causal
 
-    def for_step(self, step: Step) -> _FmhaV2:
+    def for_step(self, step: Step) -> Any:
         """The same for a step whose keys are its queries' own."""
-        return _FmhaV2(self._request, self._device, all_see=step.slot_mapping.shape[0] == sum(step.q_lens))
+        all_see = step.slot_mapping.shape[0] == sum(step.q_lens)
+        return with_lengths(_FmhaV2(self._request, self._device, all_see=all_see), step)
 
     def __call__(
         self,

@@ -35,18 +35,28 @@ def prefill(request: AttentionRequest, device: hal.Device) -> PrefillAttention:
 
 
 class _Prefill:
-    """The call. ``lens`` are the lengths of a planned step's rows, in queries as in keys, where there is a plan."""
-
-    def __init__(self, request: AttentionRequest, lens: tuple[int, ...] | None = None) -> None:
+    def __init__(self, request: AttentionRequest) -> None:
         self._request = request
-        self._lens = lens
         self._causal = request.causal
         self._scale = request.softmax_scale
-        self._needs_grad = request.needs_grad
+        self.needs_grad = request.needs_grad
 
-    def for_step(self, step: Step) -> _Prefill:
+    def for_dense(self, q: Tensor, k: Tensor, v: Tensor) -> Any:
+        """One launch on views that are made in one step each, where cuDNN's own mask is right."""
+        q_len, kv_len = q.shape[1], k.shape[1]
+        if not q.numel() or not k.numel() or self.needs_grad or (self._causal and 1 < q_len != kv_len):
+            return self
+        (b, n, h, d), (m, g), e = q.shape, k.shape[1:3], v.shape[3]
+        a, c, f = (tuple(x.stride(i) for i in (0, 2, 1, 3)) for x in (q, k, v))
+        sizes, causal, scale = ((b, h, n, d), (b, g, m, d), (b, g, m, e)), self._causal and q_len > 1, self._scale
+        return lambda q, k, v: forward(
+            q.as_strided(sizes[0], a), k.as_strided(sizes[1], c), v.as_strided(sizes[2], f), None, False, 0.0, causal,
+            False, scale=scale,
+        )[0].transpose(1, 2)  # fmt: skip
+
+    def for_step(self, step: Step) -> _Planned:
         """The same for one step: its lengths are known, so none is read from the device."""
-        return _Prefill(self._request, step.q_lens)
+        return _Planned(self, step.q_lens)
 
     def __call__(
         self,
@@ -75,7 +85,7 @@ class _Prefill:
     def _square(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, return_lse: bool) -> Pair:
         """One launch, with cuDNN's own mask."""
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        wanted = return_lse or self._needs_grad
+        wanted = return_lse or self.needs_grad
         found = forward(q, k, v, None, wanted, 0.0, causal, False, scale=self._scale)
         # The LSE has a fourth dim of 1 since torch 2.9.
         return found[0].transpose(1, 2), found[1].reshape(q.shape[:3]).transpose(1, 2) if return_lse else None
@@ -89,7 +99,7 @@ class _Prefill:
     def _batch(self, q: Tensor, k: Tensor, v: Tensor, return_lse: bool) -> Pair:
         """A dense batch, ``[batch, len, heads, dim]``, with any two lengths."""
         q_len, kv_len = q.shape[1], k.shape[1]
-        if self._needs_grad and q_len == kv_len == 1:
+        if self.needs_grad and q_len == kv_len == 1:
             return self._lone_key(q, k, v)
         if not self._causal or q_len == 1 or q_len == kv_len:
             return self._square(q, k, v, self._causal and q_len > 1, return_lse)
@@ -108,18 +118,43 @@ class _Prefill:
         """Rows of one length as a batch; others a call each."""
         rows = cu_q.shape[0] - 1
         if rows * (bounds[0] or 0) == q.shape[0] and rows * (bounds[1] or 0) == k.shape[0]:
-            q, k, v = (x.view(rows, -1, *x.shape[1:]) for x in (q, k, v))
-            out, lse = self._batch(q, k, v, return_lse)
-            return out.flatten(0, 1), None if lse is None else lse.flatten(0, 1)
-        if self._lens is None:
-            return self._rows(q, k, v, cu_q.diff().tolist(), cu_k.diff().tolist(), return_lse)
-        rest = q.shape[0] - sum(self._lens)
-        lens = (*self._lens, rest) if rest else self._lens
-        return self._rows(q, k, v, lens, lens, return_lse)
+            return self.even(q, k, v, rows, return_lse)
+        return self.rows(q, k, v, cu_q.diff().tolist(), cu_k.diff().tolist(), return_lse)
 
-    def _rows(
+    def even(self, q: Tensor, k: Tensor, v: Tensor, rows: int, return_lse: bool) -> Pair:
+        """Rows of one length."""
+        q, k, v = (x.view(rows, -1, *x.shape[1:]) for x in (q, k, v))
+        out, lse = self._batch(q, k, v, return_lse)
+        return out.flatten(0, 1), None if lse is None else lse.flatten(0, 1)
+
+    def even_step(self, rows: int, length: int) -> Any:
+        """Rows of one length, as many queries as keys: one launch, on views that are made in one step each."""
+        request = self._request
+        causal, scale = self._causal and length > 1, self._scale
+        q_size = rows, request.num_q_heads, length, request.head_dim
+        k_size = rows, request.num_kv_heads, length, request.head_dim
+        v_size = rows, request.num_kv_heads, length, request.v_head_dim
+        size = rows * length, request.num_q_heads, request.v_head_dim
+
+        def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            a, b, c = q.stride(), k.stride(), v.stride()
+            out: Tensor = forward(
+                q.as_strided(q_size, (length * a[0], a[1], a[0], a[2])),
+                k.as_strided(k_size, (length * b[0], b[1], b[0], b[2])),
+                v.as_strided(v_size, (length * c[0], c[1], c[0], c[2])),
+                None, False, 0.0, causal, False, scale=scale,
+            )[0]  # fmt: skip
+            row, head, token, element = out.stride()
+            if row == length * token:
+                return out.as_strided(size, (token, head, element))
+            return out.transpose(1, 2).flatten(0, 1)
+
+        return call
+
+    def rows(
         self, q: Tensor, k: Tensor, v: Tensor, q_lens: Sequence[int], kv_lens: Sequence[int], return_lse: bool
     ) -> Pair:
+        """A call a row."""
         wanted, stored = list(q_lens), list(kv_lens)
         queries, keys, values = torch.split(q, wanted), torch.split(k, stored), torch.split(v, stored)
         outs, lses = [], []
@@ -136,3 +171,41 @@ class _Prefill:
             return out, lse if return_lse else None
         out, lse = self._batch(q[None], k[None], v[None], return_lse)
         return out[0], None if lse is None else lse[0]
+
+
+class _Planned:
+    """Prefill of a step whose keys are its queries' own."""
+
+    def __init__(self, prefill: _Prefill, lens: tuple[int, ...]) -> None:
+        self._prefill = prefill
+        self._lens = lens
+        self._tokens = sum(lens)
+        self._rows = len(lens) if self._tokens and len(set(lens)) == 1 else 0
+        plain = self._rows and not prefill.needs_grad
+        self._even = prefill.even_step(self._rows, lens[0]) if plain else None
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
+        max_seqlen_q: int | None = None,
+        max_seqlen_k: int | None = None,
+        sinks: Tensor | None = None,
+        alibi_slopes: Tensor | None = None,
+        return_lse: bool = False,
+    ) -> Any:
+        rest = q.shape[0] - self._tokens
+        if sinks is not None or alibi_slopes is not None or not q.shape[0]:
+            return self._prefill(q, k, v, sinks=sinks, alibi_slopes=alibi_slopes, return_lse=return_lse)
+        if self._even is not None and not (rest or return_lse):
+            return self._even(q, k, v)
+        if self._rows and not rest:
+            out, lse = self._prefill.even(q, k, v, self._rows, return_lse)
+        else:
+            lens = (*self._lens, rest) if rest else self._lens
+            out, lse = self._prefill.rows(q, k, v, lens, lens, return_lse)
+        return (out, lse) if return_lse else out

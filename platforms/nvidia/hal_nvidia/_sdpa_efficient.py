@@ -43,6 +43,13 @@ class _Prefill:
         self._needs_grad = request.needs_grad
         self._all_written = request.v_head_dim <= _WRITTEN
 
+    def for_dense(self, q: Tensor, k: Tensor, v: Tensor) -> Any:
+        """The operator itself, where each query sees a key."""
+        if not q.numel() or not k.numel() or (self._causal and q.size(1) > k.size(1)):
+            return self
+        mask, wanted, scale = self._mask, self._needs_grad, self._scale
+        return lambda q, k, v: forward(q, k, v, None, None, None, None, None, 0.0, mask, wanted, scale=scale)[0]
+
     def __call__(
         self,
         q: Tensor,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import hal
 from hal_nvidia._flash import longest_query, nothing, window_of, without_keys
-from hal_ops.attention import AttentionRequest, PrefillAttention
+from hal_ops.attention import AttentionRequest, PrefillAttention, Step, with_lengths
 from hal_ops.attention.reference import check_tensors
 
 __all__ = ["prefill"]
@@ -19,10 +19,35 @@ forward = torch.ops.aten._flash_attention_forward.default
 
 def prefill(request: AttentionRequest, device: hal.Device) -> PrefillAttention:
     """The prefill phase."""
-    causal, scale, (left, right) = request.causal, request.softmax_scale, window_of(request)
-    v_head_dim = request.v_head_dim
+    return _Prefill(request)
 
-    def call(
+
+class _Prefill:
+    def __init__(self, request: AttentionRequest) -> None:
+        left, right = window_of(request)
+        self._request = request
+        self._causal = request.causal
+        self._settings = {"scale": request.softmax_scale, "window_size_left": left, "window_size_right": right}
+
+    def for_dense(self, q: Tensor, k: Tensor, v: Tensor) -> Any:
+        """The operator with the lengths of this shape."""
+        longest_q, longest_k, causal, settings = q.size(1), k.size(1), self._causal, self._settings
+        if not q.numel() or not k.numel():
+            return self
+        return lambda q, k, v: forward(q, k, v, None, None, longest_q, longest_k, 0.0, causal, False, **settings)[0]
+
+    def for_step(self, step: Step) -> Any:
+        """The operator with the step's lengths, where a call can have nothing more."""
+        cumulative, longest, causal, settings = step.cu_seqlens_q, step.max_q_len, self._causal, self._settings
+        if self._request.return_lse or not longest:
+            return with_lengths(self, step)
+        bound = max(longest, 2)  # see longest_query
+        return lambda q, k, v: forward(
+            q, k, v, cumulative, cumulative, bound, longest, 0.0, causal, False, **settings
+        )[0]  # fmt: skip
+
+    def __call__(
+        self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -36,17 +61,14 @@ def prefill(request: AttentionRequest, device: hal.Device) -> PrefillAttention:
         return_lse: bool = False,
     ) -> Any:
         if sinks is not None or alibi_slopes is not None:
-            check_tensors(request, sinks, alibi_slopes)
+            check_tensors(self._request, sinks, alibi_slopes)
         if not q.numel() or not k.numel():
-            return nothing(q, v_head_dim, return_lse)
+            return nothing(q, self._request.v_head_dim, return_lse)
         if cu_seqlens_q is None:
             longest_q, longest_k = q.size(1), k.size(1)
         else:
             longest_q, longest_k = longest_query(q, cu_seqlens_q, max_seqlen_q), max_seqlen_k or k.shape[0]
         found = forward(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, 0.0, causal, False, scale=scale,
-            window_size_left=left, window_size_right=right,
-        )  # fmt: skip
+            q, k, v, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, 0.0, self._causal, False, **self._settings
+        )
         return (found[0], without_keys(found[1].transpose(-1, -2))) if return_lse else found[0]
-
-    return call

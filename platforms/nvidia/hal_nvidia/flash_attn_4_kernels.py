@@ -1,7 +1,7 @@
 """What is declared about flash-attn 4 (CuTe DSL, ``flash_attn.cute``): a declaration a family of archs.
 
-Read from the wheels of flash-attn-4 4.0.0b27, b31 and b36, ``flash_attn/cute/interface.py``. The adapters are emulated,
-and their calls bound to the signatures; they have not run on hardware yet.
+Read from the wheels of flash-attn-4 4.0.0b27, b31 and b36, ``flash_attn/cute/interface.py``. The kernels of sm_90 have run
+at their corners on an H200 with b36; the others are emulated, and their calls bound to the signatures.
 
 * Versions: b22 asks for exactly nvidia-cutlass-dsl 4.6.0.dev0, b27 and later for 4.6.2 or newer: one pair of bounds.
 * No FP8: ``q_descale``, ``k_descale`` and ``v_descale`` are arguments of the private forward alone, and without scales
@@ -12,6 +12,11 @@ and their calls bound to the signatures; they have not run on hardware yet.
   is not declared. Hopper has 8 to 256; that such views are right there is in ``tests/gpu``.
 * Pages of the key tile's own size (64 to 144, by head dim and mask) are loaded whole, so that what lies behind the last
   token must be finite; the contract lets it be NaN. Of the sizes declared none is a tile of head dims up to 128.
+* On sm_90 head dims from 65 to 96 have tiles of 144 keys where nothing is masked (``_tile_size_fwd_sm90``). Pages are
+  copied to them in waves of 32 or 64 rows, the last of which overruns the buffer (``paged_kv.py``, ``load_KV``): wrong
+  values, seen on an H200 with b36 at head dim 96.
+* The sink is added to sums that are relative to the largest score, so that 88 above it the LSE overflows to +inf; the
+  adapter puts the sink in its place, which it is equal to then.
 * Strides that are not multiples of 16 bytes make it copy (``maybe_contiguous``).
 
 Bands: the fastest known on Blackwell (1613 TFLOP/s on a B200, arXiv 2603.05451): specialized. On Hopper behind
@@ -21,9 +26,10 @@ sm_12x its code is that of Ampere: performant, and on Hopper below the portable 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
-from hal import Anything, Archs, Band, Constraint, Kernel, Needs, OneOf, Pairs, Range, Windows
+from hal import Anything, Archs, Band, Constraint, Device, Kernel, Needs, OneOf, Pairs, Range, Reason, Windows
+from hal_ops.attention import AttentionRequest
 
 __all__ = ["KERNELS"]
 
@@ -56,7 +62,16 @@ def _fields(*pairs: tuple[int, int], more: Mapping[str, Constraint]) -> dict[str
     }
 
 
-def _kernel(name: str, archs: tuple[str, ...], priority: int, fields: Mapping[str, Constraint]) -> Kernel:
+def _fits(request: AttentionRequest, device: Device) -> Iterator[Reason]:
+    """Pages on Hopper: no tile of 144 keys."""
+    if 64 < request.head_dim <= 96 and not request.causal and request.window == (None, None):
+        text = f"head_dim {request.head_dim} without a mask: pages are copied to tiles of 144 keys, past their end"
+        yield Reason("head_dim", text, "head_dim", str(request.head_dim), "64")
+
+
+def _kernel(
+    name: str, archs: tuple[str, ...], priority: int, fields: Mapping[str, Constraint], check: object = None
+) -> Kernel:
     phase = name.partition("_")[0]
     return Kernel(
         name=f"fa4.{name}",
@@ -67,8 +82,9 @@ def _kernel(name: str, archs: tuple[str, ...], priority: int, fields: Mapping[st
         platforms={"nvidia": Archs(only=archs)},
         needs=_NEEDS,
         fields=fields,
+        check=check,  # type: ignore[arg-type]
         copies="q, k or v whose strides are no multiples of 16 bytes (the library copies them)",
-        evidence={"*": "emulated"},
+        evidence={"sm_90": "run", "*": "emulated"} if archs == _HOPPER else {"*": "emulated"},
         note="compiles on first use",
     )
 
@@ -93,8 +109,8 @@ KERNELS = (
     ),
     _kernel("prefill_sm100", _BLACKWELL, Band.SPECIALIZED + 70, _PREFILL),
     _kernel("prefill_sm80", _AMPERE_CODE, Band.PERFORMANT + 8, _fields(*_SQUARE, more={})),
-    _kernel("extend", _HOPPER, Band.PERFORMANT + 40, _PAGED),
+    _kernel("extend", _HOPPER, Band.PERFORMANT + 40, _PAGED, _fits),
     _kernel("extend_sm100", _BLACKWELL, Band.SPECIALIZED + 30, _PAGED),
-    _kernel("decode", _HOPPER, Band.PERFORMANT + 10, _PAGED),
+    _kernel("decode", _HOPPER, Band.PERFORMANT + 10, _PAGED, _fits),
     _kernel("decode_sm100", _BLACKWELL, Band.SPECIALIZED + 20, _PAGED),
 )

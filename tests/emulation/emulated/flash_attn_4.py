@@ -2,6 +2,8 @@
 
 * Always a pair; the LSE is None unless it is asked for, natural, ``[batch, heads, q_len]`` or ``[heads, tokens]``.
 * An unlimited side of the window is None: -1 is a limit.
+* The LSE is +inf where a sink is above a row's scores by more than float32 holds as a power.
+* On sm_90 pages go wrong for head dims 65 to 96 where nothing is masked.
 * Pages go with ``seqused_k``, not with ``cu_seqlens_k``; pages of the key tile's size are read whole, NaN and all.
 * No pages, splits or sinks on sm_8x and sm_12x, no splits on sm_90; head dims by arch.
 """
@@ -22,6 +24,8 @@ from emulated.signatures import functions, signature
 __all__ = ["LIBRARY", "emulations"]
 
 LIBRARY = "flash-attn-4"
+_OVERFLOWS = 88.7
+"""How far a sink may lie above a row's scores."""
 
 
 def emulations(version: str, arch: str) -> dict[str, Callable[..., Any]]:
@@ -67,7 +71,8 @@ class _Cute:
             rows = list(zip(q.split(q_lens), k.split(kv_lens), v.split(kv_lens), strict=True))
         else:
             assert cu_seqlens_k is None, "page_table is not supported with cu_seqlens_k"
-            kv_lens, rows = self._pages(q[: sum(q_lens)], k, v, page_table, seqused_k, max_seqlen_k, q_lens)
+            masked = causal or window_size != (None, None)
+            kv_lens, rows = self._pages(q[: sum(q_lens)], k, v, page_table, seqused_k, max_seqlen_k, q_lens, masked)
         assert max_seqlen_k is not None
         assert max(kv_lens) <= max_seqlen_k
         out, lse = self._attend(rows, q, v, softmax_scale, causal, window_size, softcap, learnable_sink)
@@ -77,13 +82,16 @@ class _Cute:
             lse = torch.cat([lse, torch.full((extra, lse.shape[1]), math.nan)])
         return out.to(q.dtype), lse.t() if return_lse else None
 
-    def _pages(self, q: Tensor, k: Tensor, v: Tensor, table: Tensor, used: Any, longest: Any, q_lens: list[int]) -> Any:
+    def _pages(
+        self, q: Tensor, k: Tensor, v: Tensor, table: Tensor, used: Any, longest: Any, q_lens: list[int], masked: bool
+    ) -> Any:  # fmt: skip
         assert self.major in (9, 10), "paged KV not supported"
         assert table.dtype == torch.int32
         assert table.stride(-1) == 1
         assert used.dtype == torch.int32
         size = k.shape[1]
         assert longest == table.shape[1] * size, "b27 holds the bound against the table's width"
+        assert not 64 < q.shape[-1] <= 96 or self.major == 10 or masked, "copies of pages overrun tiles of 144 keys"
         tile = 128 if q.shape[-1] <= 96 or self.major == 10 or q.shape[-1] <= 128 else 80
         assert size not in (tile, 144), "pages of a tile's size are read whole: what is behind the last token counts"
         return used.tolist(), paged_rows(q.split(q_lens), k, v, table, used.tolist())
@@ -94,9 +102,12 @@ class _Cute:
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         sinks = None if sinks is None else sinks.float()
-        return attend_rows(
-            rows, q, v.shape[-1], scale=scale, causal=causal, window=window, softcap=softcap, sinks=sinks
-        )
+        masks: dict[str, Any] = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
+        out, lse = attend_rows(rows, q, v.shape[-1], **masks, sinks=sinks)
+        if sinks is not None:
+            below = sinks - attend_rows(rows, q, v.shape[-1], **masks, sinks=None)[1]
+            lse = lse.masked_fill((below > _OVERFLOWS) & (below < math.inf), math.inf)
+        return out, lse
 
     def _check(
         self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, window: Any, splits: int, deterministic: bool

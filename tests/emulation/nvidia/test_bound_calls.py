@@ -1,0 +1,113 @@
+"""What an adapter binds for calls that are alike: the library's own function where nothing has to be converted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from emulated import hardware, nvidia
+from emulated.library import Installed
+
+from hal._attention import for_step
+from hal._plan import make_step
+from hal_ops.attention import AttentionRequest
+
+BASE: dict[str, Any] = {"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 64, "dtype": "float16", "phases": ("prefill",)}
+KERNELS = ("fa2", "fa3", "fa4", "sdpa_flash", "sdpa_efficient", "sdpa_cudnn")
+
+
+def built(library: str, **fields: Any) -> Any:
+    heads = {"num_kv_heads": 4} if library == "sdpa_efficient" else {}
+    return hardware.build(f"{library}.prefill", AttentionRequest(**{**BASE, **heads, **fields}))
+
+
+def tensors(library: str, *sizes: int) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(*sizes, h, 64).half() for h in ((4, 4, 4) if library == "sdpa_efficient" else (4, 2, 2))]
+
+
+@pytest.mark.parametrize("library", KERNELS)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("lengths", [(7, 7), (1, 7), (3, 7), (7, 3), (0, 7), (7, 0), (1, 1)])
+def test_a_dense_call_that_is_bound_gives_the_same(library: str, causal: bool, lengths: tuple[int, int]) -> None:
+    # requirement B4, D15, X1
+    """Also for views: heads first, and a slice of a wider tensor."""
+    with nvidia.running_on("sm_90", library):
+        prefill = built(library, causal=causal)
+        q = tensors(library, 2, lengths[0])[0]
+        k, v = tensors(library, 2, lengths[1])[1:]
+        views = [torch.cat([x, x], -1)[..., :64].transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+        for three in ((q, k, v), views):
+            plain = prefill(*three)
+            bound = prefill.for_dense(*three)(*three) if hasattr(prefill, "for_dense") else plain
+            torch.testing.assert_close(bound, plain, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("library", KERNELS)
+@pytest.mark.parametrize("return_lse", [False, True])
+@pytest.mark.parametrize("lens", [[5], [5, 5], [1, 1, 1], [4, 9, 2], [3, 0, 7], []])
+def test_the_call_of_a_step_gives_the_same(library: str, return_lse: bool, lens: list[int]) -> None:
+    # requirement B10, D9, C7
+    with nvidia.running_on("sm_90", library):
+        prefill = built(library, return_lse=return_lse)
+        step = make_step(lens, lens, torch.zeros(len(lens), 1, dtype=torch.int32), 16, torch.device("cpu"))
+        q, k, v = tensors(library, sum(lens))
+        bounds = {"max_seqlen_q": step.max_q_len, "max_seqlen_k": step.max_q_len}
+        cumulative = {"cu_seqlens_q": step.cu_seqlens_q, "cu_seqlens_k": step.cu_seqlens_q}
+        extras = {"return_lse": True} if return_lse else {}
+        plain = prefill(q, k, v, **cumulative, **bounds, **extras)
+        bound = for_step(prefill, step)(q, k, v, **extras)
+        torch.testing.assert_close(bound, plain, atol=1e-3, rtol=1e-3)
+
+
+def test_nothing_stands_before_flash_attention_3() -> None:  # requirement X1
+    """A call that has nothing to convert is the library's own function, with the request's and the step's arguments."""
+    with nvidia.running("fa3") as held:
+        assert isinstance(held, Installed)
+        import flash_attn_interface as library
+
+        prefill, three = built("fa3"), tensors("fa3", 2, 5)
+        assert prefill.for_dense(*three).func is library.flash_attn_func
+        step = make_step([5], [5], [[0]], 16, torch.device("cpu"))
+        assert prefill.for_step(step).func is library.flash_attn_varlen_func
+        request = AttentionRequest(**{**BASE, "phases": ("decode",)}, page_size=16, kv_layout="NHD")
+        payload = hardware.build("fa3.decode", request).plan(make_step([1], [9], [[0]], 16, torch.device("cpu")))
+        assert payload.attend.func is library.flash_attn_with_kvcache
+
+
+@pytest.mark.parametrize("above", [50.0, 120.0])
+def test_a_sink_far_above_all_scores_is_the_lse(above: float) -> None:  # requirement B15
+    """flash-attn 4 says +inf there: its sums are relative to the largest score."""
+    with nvidia.running_on("sm_90", "fa4"):
+        prefill = built("fa4", sinks=True, return_lse=True)
+        q, k, v = tensors("fa4", 2, 5)
+        sinks = torch.full((4,), above)
+        out, lse = prefill(q, k, v, sinks=sinks, return_lse=True)
+        torch.testing.assert_close(lse, sinks.expand(2, 5, 4))
+        assert out.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("library", ["fa3", "fa4"])
+def test_without_keys_the_lse_is_the_sink(library: str) -> None:  # requirement B15
+    with nvidia.running_on("sm_90", library):
+        prefill = built(library, sinks=True, return_lse=True)
+        q, (k, v) = tensors(library, 2, 5)[0], tensors(library, 2, 0)[1:]
+        sinks = torch.tensor([0.5, -1.0, 2.0, 0.0])
+        out, lse = prefill(q, k, v, sinks=sinks, return_lse=True)
+        assert torch.equal(lse, sinks.expand(2, 5, 4))
+        assert not out.any()
+
+
+@pytest.mark.parametrize("phase", ["extend", "decode"])
+@pytest.mark.parametrize("head_dim", [80, 96])
+def test_unmasked_pages_that_flash_attn_4_copies_too_far_are_refused(phase: str, head_dim: int) -> None:
+    # requirement D15, P22
+    kernel = hardware.kernel_named(f"fa4.{phase}")
+    device = hardware.device_of("sm_90")
+    fields = {**BASE, "head_dim": head_dim, "page_size": 64, "kv_layout": "NHD", "phases": (phase,)}
+    assert kernel.check is not None
+    for more in ({}, {"causal": False, "window": (7, 3)}):
+        assert not list(kernel.check(AttentionRequest(**{**fields, **more}), device))
+    (reason,) = kernel.check(AttentionRequest(**fields, causal=False), device)
+    assert "144 keys" in reason.text
