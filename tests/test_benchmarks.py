@@ -143,3 +143,16 @@ def test_wrong_results_fail_the_run(script: Any, monkeypatch: pytest.MonkeyPatch
 def test_every_target_of_an_op_has_a_row(script: Any) -> None:
     names = {row.op for row in script("op_rows").ROWS}
     assert set(script("ops").TARGETS) <= names
+
+
+@pytest.mark.parametrize("without", [(), ("fa3",)])
+def test_the_choice_is_close_to_the_best_that_was_measured(script: Any, without: tuple[str, ...]) -> None:
+    # requirement B14
+    """On an H200, with and without flash-attn 3, over the cases of the grid."""
+    choices = script("choices")
+    results = json.loads((FOLDER / "results" / "attention_grid_h200.json").read_text())
+    found = list(choices.compare(results, without))
+    assert len(found) >= (35 if not without else 12)
+    assert [row.case for row in found if row.ratio is None] == []
+    assert [row for row in found if row.ratio < 0.7] == []
+    assert choices.geometric_mean(found) > 0.95
