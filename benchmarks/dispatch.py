@@ -3,8 +3,9 @@
     python benchmarks/dispatch.py [--json benchmarks/results/dispatch-<machine>.json]
 
 Budgets: ``import hal`` 30 ms over bare Python, the first ``get_attention`` 50 ms with torch imported, an equal one
-100 us, a bound dense call 1 us over the chosen kernel's own function. Each figure is a median, and whatever is compared
-is measured turn by turn in one process (or, for start-up, in alternating processes).
+100 us, a bound dense call 1 us over the chosen kernel's own function, a planned call 2 us over its write and its kernel.
+Each figure is a median, and whatever is compared is measured turn by turn in one process (or, for start-up, in
+alternating processes).
 """
 
 from __future__ import annotations
@@ -96,7 +97,27 @@ def calls(rounds: int) -> dict[str, dict[str, float]]:
     q, k, v = (x[0] for x in (q, k, v))
     step = in_turns({"step": lambda: handle(q, k, v, cache=cache, plan=plan)}, 300, rounds)
     again = in_turns({"equal get_attention": lambda: hal.get_attention(**request)}, 300, rounds)
-    return {"dense call": dense, "decode step": step, "handle": again}
+    return {"dense call": dense, "decode step": step, "handle": again, "planned call": planned_call(handle, rounds)}
+
+
+def planned_call(handle: Any, rounds: int) -> dict[str, float]:
+    """A planned call whose write and kernel do nothing, and these two alone. The handle is of no use afterwards."""
+    import torch
+
+    def nothing(*args: Any, **kwargs: Any) -> None:
+        return None
+
+    cache = handle.allocate_kv_cache(4)
+    plan = handle.plan(q_lens=[1], kv_lens=[9], block_table=[[0]])
+    q, k, v = (torch.randn(1, 8, 64) for _ in range(3))
+    handle._write = plan._run = nothing
+    slots = plan._step.slot_mapping
+
+    def alone() -> None:
+        handle._write(k, v, cache.k, cache.v, slots, k_scale=cache.k_scale, v_scale=cache.v_scale)
+        plan._run(q, cache.k, cache.v, plan._step, plan._payload, k_scale=cache.k_scale, v_scale=cache.v_scale)
+
+    return in_turns({"functions": alone, "handle": lambda: handle(q, k, v, cache=cache, plan=plan)}, 1000, rounds)
 
 
 def main() -> None:
@@ -106,12 +127,13 @@ def main() -> None:
     options = parser.parse_args()
     start = start_up(options.rounds)
     found = calls(3 * options.rounds)
-    dense = found["dense call"]
+    dense, planned = found["dense call"], found["planned call"]
     rows = [
         ("import hal, over bare Python", start["import hal"] - start["bare python"], 30.0, "ms"),
         ("first get_attention, torch imported", first_handle(options.rounds), 50.0, "ms"),
         ("equal get_attention", found["handle"]["equal get_attention"], 100.0, "us"),
         ("bound dense call, over the kernel's function", dense["handle"] - dense["function"], 1.0, "us"),
+        ("planned call, over its write and its kernel", planned["handle"] - planned["functions"], 2.0, "us"),
     ]
     for what, value, budget, unit in rows:
         print(f"{what:<46}{value:9.2f} {unit}  budget {budget:g} {unit}  {'ok' if value <= budget else 'OVER'}")

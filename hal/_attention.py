@@ -51,7 +51,8 @@ class Attention(Planner):
         self._torch_device = selection.device.torch_device()
         self._dtype = torch_dtype(self.request.qkv_dtype)
         self._known: _same.Known = (_same.never, self._prefill)  # type: ignore[assignment]
-        self._known_step: tuple[_same.Same, int, Any] = (_same.never, 0, None)
+        self._known_step: tuple[_same.Same, int, int, Any] = (_same.never, 0, 0, None)
+        self._quick = not (self.request.sinks or self.request.alibi or debug_checks)
 
     @_same.known_first
     def __call__(
@@ -147,14 +148,36 @@ class Attention(Planner):
         if cache._checked_by is not self:
             _inputs.check_cache(self, cache)
             cache._checked_by = self
+        given = (q,) if k is None and v is None else (q, k, v)
+        same, count, tokens, buffers = self._known_step
         step = plan._step
-        same, tokens, buffers = self._known_step
-        if tokens != step.num_tokens or buffers is not plan._buffers or not same(q, k, v):
+        if (count, tokens) != (len(given), step.num_tokens) or buffers is not plan._buffers or not same(*given):
             _inputs.check_step(self, q, k, v, plan)
-            if k is not None and v is not None and not _learnt(q, k, v):
-                self._known_step = _same.like(q, k, v), step.num_tokens, plan._buffers
+            if not _learnt(*given):
+                self._known_step = _same.like(*given), len(given), step.num_tokens, plan._buffers
         if self._debug_checks:
             _inputs.check_pages(step, cache)
+        return self._attend(q, k, v, cache, plan, extras)
+
+    def _is_known(self, q: Tensor, k: Tensor | None, v: Tensor | None, cache: Any, plan: Any) -> bool:
+        """Whether a step without anything else is like the last one, and its cache and plan are this handle's."""
+        same, count, tokens, buffers = self._known_step
+        return (
+            self._quick
+            and type(plan) is Plan
+            and type(cache) is KVCache
+            and plan._owner is self
+            and cache._checked_by is self
+            and plan._buffers is buffers
+            and plan._step.num_tokens == tokens
+            and (same(q, k, v) if count == 3 else k is v is None and same(q))
+        )
+
+    def _attend(
+        self, q: Tensor, k: Tensor | None, v: Tensor | None, cache: KVCache, plan: Plan, extras: dict[str, Any]
+    ) -> Any:
+        """A step that was checked."""
+        step = plan._step
         if k is None or v is None:
             run, payload = plan._paged()
             return run(q, cache.k, cache.v, step, payload, k_scale=cache.k_scale, v_scale=cache.v_scale, **extras)

@@ -17,14 +17,16 @@ if TYPE_CHECKING:
 
 __all__ = ["Known", "Same", "known_first", "like", "never"]
 
-Same = Callable[[Any, Any, Any], bool]
+Same = Callable[..., bool]
 Known = tuple[Same, Callable[[Any, Any, Any], Any]]
 """What recognises three tensors, and what is called with them then. One tuple, since threads may share a handle."""
 F = TypeVar("F", bound=Callable[..., Any])
+_NOTHING: dict[str, Any] = {}
 
 
 def known_first(call: F) -> F:
-    """For the ``__call__`` of a handle: q, k, v alone, like those of its ``_known``, go straight to the kernel.
+    """For the ``__call__`` of a handle: q, k, v alone, like those of its ``_known``, go straight to the kernel, and with
+    a cache and a plan alone to ``_attend``, if ``_is_known`` says so.
 
     Ten keywords that are not given cost a third of a microsecond to fill in, so here they are one mapping.
     """
@@ -35,45 +37,48 @@ def known_first(call: F) -> F:
             same, run = self._known
             if same(q, k, v):
                 return run(q, k, v)
+        elif len(others) == 2 and "cache" in others and "plan" in others:
+            cache, plan = others["cache"], others["plan"]
+            if self._is_known(q, k, v, cache, plan):
+                return self._attend(q, k, v, cache, plan, _NOTHING)
         return call(self, q, k, v, **others)
 
     return cast("F", handle)
 
 
-def never(q: Any, k: Any, v: Any) -> bool:
+def never(*tensors: Any) -> bool:
     """Recognises nothing: every call is checked in full."""
     return False
 
 
-def like(q: Tensor, k: Tensor, v: Tensor) -> Same:
-    """A function that tells whether three tensors have the shapes, strides, dtypes and devices of these."""
+def like(*tensors: Tensor) -> Same:
+    """A function that tells whether as many tensors have the shapes, strides, dtypes and devices of these."""
     try:
-        return guard(q, k, v)
+        return guard(*tensors)
     except (ImportError, AttributeError, TypeError, RuntimeError):
-        return compare(q, k, v)
+        return compare(*tensors)
 
 
-def guard(q: Tensor, k: Tensor, v: Tensor) -> Same:
+def guard(*tensors: Tensor) -> Same:
     """By torch's own guard. Tensors are described, not kept alive."""
     import torch._C._dynamo.guards as guards
 
-    tensors = (q, k, v)
     sizes: Any = [list(t.shape) for t in tensors]
     strides: Any = [list(t.stride()) for t in tensors]
     make: Any = guards.TensorGuards
     check: Same = make(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
-    if not check(q, k, v):
+    if not check(*tensors):
         raise RuntimeError("TensorGuards does not recognise the tensors it was made of")
     return check
 
 
-def compare(q: Tensor, k: Tensor, v: Tensor) -> Same:
+def compare(*tensors: Tensor) -> Same:
     """By comparing each property."""
-    wanted = tuple(_properties(t) for t in (q, k, v))
+    wanted = tuple(_properties(t) for t in tensors)
 
-    def check(q: Any, k: Any, v: Any) -> bool:
+    def check(*others: Any) -> bool:
         try:
-            return tuple(_properties(t) for t in (q, k, v)) == wanted
+            return tuple(_properties(t) for t in others) == wanted
         except AttributeError:  # no tensor
             return False
 
