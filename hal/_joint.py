@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hal._eligibility import Circumstances, eligible
+from hal._eligibility import Circumstances, eligible, elsewhere
 from hal._forced import Forced
 from hal_ops import AUTO, Op, Request, record
 
@@ -61,7 +61,8 @@ def _values(field: str, jobs: Sequence[Job], around: Circumstances) -> tuple[Any
         if job.request.rules()[field].closed:
             continue
         kernels = [k for p in job.phases for k in around.registry.candidates(job.op.name, p) if field in k.fields]
-        declared += [v for k in kernels for v in k.fields[field].corners(job.request) if v != AUTO]
+        mine = [k for k in kernels if not elsewhere(k, around)]
+        declared += [v for k in mine for v in k.fields[field].corners(job.request) if v != AUTO]
     return tuple(dict.fromkeys((*preferred, *declared)))
 
 
