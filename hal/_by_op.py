@@ -19,25 +19,34 @@ class ByOp(Generic[T]):
 
     ``targets`` maps each ``"module:attribute"``, an ``Op`` or a sequence of ``Op`` or ``Kernel``, to the ops that it is
     about. A target is imported when one of these is first asked for; iterating imports all of them.
+
+    ``platforms`` promises that all of its kernels are for devices of these platforms alone. Where nothing but HAL's own
+    kernels can serve a device, they are then loaded when somebody looks at all candidates.
     """
 
-    def __init__(self, targets: Mapping[str, Collection[str]]) -> None:
-        for target, ops in targets.items():
-            if isinstance(ops, str):
-                raise TypeError(f"{target}: give a tuple of op names, not the string {ops!r}")
+    def __init__(self, targets: Mapping[str, Collection[str]], *, platforms: Collection[str] = ()) -> None:
+        for name, names in (*targets.items(), ("platforms", platforms)):
+            if isinstance(names, str):
+                raise TypeError(f"{name}: give a tuple of names, not the string {names!r}")
         self._targets = dict(targets)
+        self._platforms = frozenset(platforms)
 
     @property
     def ops(self) -> tuple[str, ...]:
         """Names of the ops, each once."""
         return tuple(dict.fromkeys(op for ops in self._targets.values() for op in ops))
 
+    def may_serve(self, platform: str) -> bool:
+        """Whether something of it could be for devices of ``platform``."""
+        return not self._platforms or platform in self._platforms
+
     def of(self, wanted: Collection[str] | None = None) -> Iterator[T]:
         """The declarations of the ops that are wanted; None means all.
 
         Raises:
             ImportError, AttributeError: a target is not there.
-            RegistrationError: a target declares something of an op that it is not listed for.
+            RegistrationError: a target declares something of an op that it is not listed for, or for other platforms than
+                were promised.
         """
         for target, ops in self._targets.items():
             if wanted is None or any(op in wanted for op in ops):
@@ -54,8 +63,16 @@ class ByOp(Generic[T]):
                 raise RegistrationError(
                     f"{target} holds {one!r}, and is listed for {', '.join(self._targets[target])} alone"
                 )
+            if self._platforms and not _is_for(self._platforms, one):
+                promised = ", ".join(sorted(self._platforms))
+                raise RegistrationError(f"{target} holds {one!r}, which is not for {promised} alone, as was promised")
         return declared
 
 
 def _op_of(declared: Kernel | Op) -> str:
     return declared.name if isinstance(declared, Op) else declared.op
+
+
+def _is_for(platforms: frozenset[str], declared: Kernel | Op) -> bool:
+    mine = () if isinstance(declared, Op) else declared.platforms
+    return bool(mine) and platforms.issuperset(mine)

@@ -72,6 +72,14 @@ def device(which: Any = None) -> Device:
     return _named(str(which).strip().lower())
 
 
+def platform_of(which: Any) -> str | None:
+    """The platform of the device that is meant; None where there is none, which :func:`device` says in its turn."""
+    try:
+        return device(which).platform
+    except DeviceError:
+        return None
+
+
 def forget() -> None:
     """Probe anew at the next question."""
     _probes.clear()

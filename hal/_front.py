@@ -231,7 +231,7 @@ def get_op(
     key = key_of(name, {**fields, "compile": compile}, device, kernel)
     if key is not None and key in _handles:
         return _handles[key]  # type: ignore[no-any-return]
-    op = _plugins.registry((name,)).op(name)
+    op = _plugins.registry((name,), "portable").op(name)  # the contract is all it takes
     if op.phases != ("call",):
         raise TypeError(f"op {name!r} has phases {', '.join(op.phases)}: use hal.get_attention() or hal.select()")
     request = _request(op.request, name, fields)

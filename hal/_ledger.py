@@ -56,7 +56,7 @@ def identity(kernel: Kernel, device: Device) -> dict[str, str]:
     names = {"torch": ("torch",), "triton": ("triton",), **{n.library: n.names() for n in kernel.needs}}
     found = {name: next((v for d in dists if (v := installed(d))), None) for name, dists in names.items()}
     versions = {name: str(version) for name, version in found.items() if isinstance(version, Version)}
-    source = _plugins.registry((kernel.op,)).sources.get(f"kernel:{kernel.name}")
+    source = _plugins.registry((kernel.op,), device.platform).sources.get(f"kernel:{kernel.name}")
     return {**device.identity(), **versions, **({"plugin": str(source)} if source else {})}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,12 @@ from hal_ops import record
 
 __all__ = ["Found", "Loaded", "PluginRecord"]
 
+Pairs = frozenset[tuple[str, str]]
 RESERVED = ("cpu", "portable")
 
 log = logging.getLogger("hal")
+lock = threading.RLock()
+"""Held while a registry is built or grows: threads that come at once share one, and one warning."""
 _reported: set[tuple[Source, str]] = set()
 
 
@@ -44,7 +48,8 @@ class Found:
 class Loaded:
     """The plugins of some settings that work. One that fails is left out whole, whenever it shows.
 
-    A registry that was given out does not change: what is asked for later is loaded into a copy.
+    A registry that was given out does not change: what is asked for later is loaded into a copy. What is loaded is pairs
+    of an op and the plugin whose contracts and kernels of that op are there.
     """
 
     def __init__(self, found: list[Found], named: set[str], errata: Path | None) -> None:
@@ -55,17 +60,33 @@ class Loaded:
         self._failed: list[PluginRecord] = []
         self._registry, self._asked = self._built(frozenset())
 
-    def registry(self, ops: Collection[str] | None = None) -> Registry:
+    def registry(self, ops: Collection[str] | None = None, platform: str | None = None) -> Registry:
         """The plugins, with these ops loaded whole; None, or a name that no op has, means all there are.
+
+        With ``platform``, what cannot serve its devices may be left to wait.
 
         Raises:
             PluginError: a plugin failed that was asked for by name, or is built in.
         """
-        known = self._registry.op_names()
-        wanted = known if ops is None or not known.issuperset(ops) else frozenset(ops)
-        if not wanted <= self._asked:
-            self._load(wanted - self._asked)
-        return self._registry
+        with lock:
+            known = self._registry.op_names()
+            wanted = known if ops is None or not known.issuperset(ops) else frozenset(ops)
+            plugins = [f.name for f in self._left if f.name in RESERVED or not self._may_wait(platform)]
+            missing = frozenset((op, name) for name in plugins for op in wanted) - self._asked
+            if missing:
+                self._load(missing)
+            return self._registry
+
+    def _may_wait(self, platform: str | None) -> bool:
+        """Whether a device of ``platform`` can be served by built-in kernels alone.
+
+        All others wait together or not at all. Built-in kernels keep their names whatever is loaded later; of others,
+        one might be left out then, after it was chosen.
+        """
+        others = [f.name for f in self._left if f.name not in RESERVED]
+        return platform is not None and not any(
+            name in self._named or self._registry.may_serve(name, platform) for name in others
+        )
 
     def records(self) -> tuple[PluginRecord, ...]:
         """What became of each, all that it declares considered."""
@@ -73,30 +94,33 @@ class Loaded:
         loaded = (PluginRecord(f.name, f.source.distribution, f.source.version, "loaded") for f in self._left)
         return (*self._failed, *loaded)
 
-    def _load(self, ops: frozenset[str]) -> None:
+    def _load(self, missing: Pairs) -> None:
         grown = self._registry.copy()
-        if self._each(lambda f: grown.add_waiting(grown.platforms[f.name], f.source, ops)) is None:
-            self._registry, self._asked = grown, self._asked | ops
+        grown.whole = self.registry
+        if self._each(lambda f: grown.add_waiting(grown.platforms[f.name], f.source, _ops_of(f, missing))) is None:
+            self._registry, self._asked = grown, self._asked | missing
         else:
-            self._registry, self._asked = self._built(self._asked | ops)
+            self._registry, self._asked = self._built(self._asked | missing)
 
-    def _built(self, ops: frozenset[str]) -> tuple[Registry, frozenset[str]]:
-        """Everything registered anew, so that nothing stays of a plugin that fails; and the ops that are loaded."""
+    def _built(self, asked: Pairs) -> tuple[Registry, Pairs]:
+        """Everything registered anew, so that nothing stays of a plugin that fails; and what is loaded."""
         while True:
             built = Registry()
             # names of ops come first: a plugin may bring kernels for another's op
-            failure = self._each(functools.partial(_add_platform, built), functools.partial(_add_kernels, built, ops))
-            named = frozenset(kernel.op for kernel in built.kernels.values())
+            failure = self._each(functools.partial(_add_platform, built), functools.partial(_add_kernels, built, asked))
+            loaded = {(k.op, built.sources[f"kernel:{k.name}"].plugin) for k in built.kernels.values()}
             if failure is not None:
                 self._leave_out(*failure)
-            elif named <= ops:
+            elif loaded <= asked:
                 break
-            ops |= named  # what is not kept by op is there at once, and is held against all of its op
+            # what is not kept by op is there at once, and is held against all of its op
+            asked |= {(op, plugin.name) for op, _ in loaded - asked for plugin in self._left}
         if self._errata is not None:
             from hal._errata import load_errata
 
             built.add_errata(load_errata(self._errata))
-        return built, ops
+        built.whole = self.registry
+        return built, asked
 
     def _each(self, *steps: Callable[[Found], None]) -> tuple[Found, BaseException] | None:
         """Take each step with every plugin, up to the first that fails."""
@@ -127,8 +151,12 @@ def _add_platform(built: Registry, plugin: Found) -> None:
     built.add_platform(cls(), plugin.source)
 
 
-def _add_kernels(built: Registry, ops: frozenset[str], plugin: Found) -> None:
-    built.add_kernels(built.platforms[plugin.name], plugin.source, ops)
+def _add_kernels(built: Registry, asked: Pairs, plugin: Found) -> None:
+    built.add_kernels(built.platforms[plugin.name], plugin.source, _ops_of(plugin, asked))
+
+
+def _ops_of(plugin: Found, pairs: Pairs) -> frozenset[str]:
+    return frozenset(op for op, name in pairs if name == plugin.name)
 
 
 def _failed(plugin: Found, error: BaseException, named: set[str]) -> PluginRecord:

@@ -112,7 +112,7 @@ def _check_unchanged(row: Mapping[str, Any], path: Path, around: Circumstances) 
     changed = []
     for phase, locked_kernel in row["kernels"].items():
         name = locked_kernel["kernel"]
-        kernel = around.registry.kernels.get(name)
+        kernel = around.registry.kernels.get(name) or around.registry.whole((row["op"],)).kernels.get(name)
         if kernel is None:
             changed.append(f"{phase}: kernel {name} is not registered any more")
             continue

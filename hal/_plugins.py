@@ -9,13 +9,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
-import threading
 from collections.abc import Collection, Iterator
 from typing import Any
 
 from hal import _settings
 from hal._libraries import name_and_version
-from hal._loading import RESERVED, Found, Loaded, PluginRecord, forget_reports
+from hal._loading import RESERVED, Found, Loaded, PluginRecord, forget_reports, lock
 from hal._platform import Platform
 from hal._registry import Registry, Source
 from hal.errors import PluginError, SettingError, did_you_mean
@@ -24,27 +23,27 @@ __all__ = ["GROUP", "PluginRecord", "plugins", "registry"]
 
 GROUP = "hal.platforms"
 
-_lock = threading.RLock()
 _extra: dict[str, type[Platform]] = {}
 
 
-def registry(ops: Collection[str] | None = None) -> Registry:
+def registry(ops: Collection[str] | None = None, platform: str | None = None) -> Registry:
     """The registry of this process, built at first use and again when the settings that decide it change.
 
     ``ops`` are those whose contracts and kernels must be loaded; None means all there are. One that is called so by no
-    op loads all of them too, to be known by an earlier name or refused.
+    op loads all of them too, to be known by an earlier name or refused. With ``platform``, kernels that cannot serve its
+    devices may be missing; :attr:`Registry.whole` brings them.
 
     Raises:
         PluginError: two distributions give one plugin name, or a plugin that was asked for by name failed.
         SettingError: a setting names an unknown plugin.
     """
-    with _lock:  # threads that come at once share one registry, and one warning
-        return _built(*_key())[0].registry(ops)
+    with lock:
+        return _built(*_key())[0].registry(ops, platform)
 
 
 def plugins() -> tuple[PluginRecord, ...]:
     """What became of every plugin there is, all that it declares considered."""
-    with _lock:
+    with lock:
         loaded, denied = _built(*_key())
         return tuple(sorted((*loaded.records(), *denied), key=lambda r: r.name))
 

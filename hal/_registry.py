@@ -7,7 +7,7 @@ import functools
 import importlib.metadata
 import itertools
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from hal._by_op import ByOp
@@ -57,13 +57,16 @@ def _our_distributions() -> frozenset[str]:
 
 
 class Registry:
-    """Holds what plugins registered, of the ops that were asked for: contracts and kernels of others may wait.
+    """Holds what plugins registered, of the ops that were asked for: contracts and kernels of others may wait, and so may
+    kernels that cannot serve the devices that were asked about.
 
-    ``generation`` is another number wherever the platforms may be others.
+    ``generation`` is another number wherever the platforms may be others. ``whole`` gives a registry that has all there is
+    of some ops.
     """
 
     def __init__(self) -> None:
         self.generation: int = 0
+        self.whole: Callable[[Collection[str]], Registry] = lambda ops: self
         self.platforms: dict[str, Platform] = {}
         self.ops: dict[str, Op] = {}
         self.kernels: dict[str, Kernel] = {}
@@ -71,6 +74,7 @@ class Registry:
         self.errata: tuple[Erratum, ...] = ()
         self.sources: dict[str, Source] = {}
         self._waiting: dict[str, ByOp[Op]] = {}
+        self._kernels: dict[str, ByOp[Kernel]] = {}
 
     def add_platform(self, platform: Platform, source: Source) -> None:
         """Register a platform and the names of the ops it brings; :meth:`add_kernels` comes once all names are there."""
@@ -100,6 +104,8 @@ class Registry:
         """
         offered = platform.kernels()
         self._load_ops(source, ops)
+        if isinstance(offered, ByOp):
+            self._kernels[platform.name] = offered
         self._admit(offered.of(ops) if isinstance(offered, ByOp) else offered, source)
         for library in platform.libraries():
             self.libraries.setdefault(library.name, library)
@@ -107,10 +113,13 @@ class Registry:
 
     def add_waiting(self, platform: Platform, source: Source, ops: Collection[str]) -> None:
         """Register what a platform that is here keeps by op, of ``ops``; raises as :meth:`add_kernels` does."""
-        offered = platform.kernels()
         self._load_ops(source, ops)
-        if isinstance(offered, ByOp):
-            self._admit(offered.of(ops), source)
+        if platform.name in self._kernels:
+            self._admit(self._kernels[platform.name].of(ops), source)
+
+    def may_serve(self, plugin: str, platform: str) -> bool:
+        """Whether kernels of a plugin that may not be loaded yet could be for devices of ``platform``."""
+        return plugin in self._kernels and self._kernels[plugin].may_serve(platform)
 
     def add_errata(self, rows: Iterable[Erratum]) -> None:
         """Add known-bad rows.
@@ -175,7 +184,7 @@ class Registry:
     def copy(self) -> Registry:
         """A registry of its own with the same contents, to try a plugin on, or to load more into."""
         other = Registry()
-        for name in ("platforms", "ops", "kernels", "libraries", "sources", "_waiting"):
+        for name in ("platforms", "ops", "kernels", "libraries", "sources", "_waiting", "_kernels"):
             getattr(other, name).update(getattr(self, name))
         other.errata = self.errata
         other.generation = self.generation

@@ -85,7 +85,7 @@ class PhaseChoice:
     @functools.cached_property
     def candidates(self) -> tuple[Candidate, ...]:
         """Every kernel of the phase with all its reasons: the chosen one, those asked for, those that could serve, the
-        rest. Kernels for other vendors' devices cannot be chosen, and are judged when somebody looks."""
+        rest. Kernels for other vendors' devices cannot be chosen, and are loaded and judged when somebody looks."""
         return self._show()
 
 
@@ -161,10 +161,11 @@ def select_together(requests: Sequence[Request], *, device: Any = None, kernel: 
     can serve.
     """
     try:
-        return _decided(requests, device, kernel, _plugins.registry({request.op for request in requests}))
+        registry = _plugins.registry({request.op for request in requests}, _devices.platform_of(device))
+        return _decided(requests, device, kernel, registry)
     except UnknownKernelError:
-        every_op = _plugins.registry()  # a name that is of none of these ops may be of another
-    return _decided(requests, device, kernel, every_op)
+        everything = _plugins.registry()  # a name may be of another op, or of a kernel for other devices
+    return _decided(requests, device, kernel, everything)
 
 
 def _decided(requests: Sequence[Request], device: Any, kernel: Any, registry: Registry) -> tuple[Selection, ...]:
@@ -258,7 +259,9 @@ def _choose(op: Op, phase: str, request: Request, forced: Forced | None, around:
     judged = {k: candidate(k, reasons) for k, reasons in here.items()}
 
     def show() -> tuple[Candidate, ...]:
-        shown = sorted(kernels, key=lambda k: _rank(k, chosen, order, forced, around))
+        whole = around.registry.whole((op.name,)).candidates(op.name, phase)
+        every = {k.name: k for k in (*whole, *kernels)}.values()
+        shown = sorted(every, key=lambda k: _rank(k, chosen, order, forced, around))
         return tuple(judged[k] if k in judged else candidate(k, why_not(k, request, around)) for k in shown)
 
     return PhaseChoice(phase, chosen, forced, measured and forced is None, as_now(show))

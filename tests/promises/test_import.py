@@ -195,3 +195,67 @@ def test_the_first_handle_imports_nothing_that_only_others_need(fresh: Fresh) ->
     assert costly == []  # hal_ops.record is what costs little
     assert [name for name in early if any(part in name for part in of_other_ops())] == []
     assert "prefill" in text
+
+
+VENDORS = ("nvidia", "rocm", "musa")
+VENDOR_KERNELS = f"""
+import hal
+
+def vendors():
+    ours = {tuple(f"hal_{vendor}." for vendor in VENDORS)!r}
+    return sorted(name for name in sys.modules if name.startswith(ours) and name.endswith("_kernels"))
+
+def attention(**more):
+    return hal.get_attention(num_q_heads=8, num_kv_heads=2, head_dim=64, dtype="float32", device="cpu", **more)
+"""
+
+
+def test_kernels_of_vendors_whose_devices_are_not_asked_about_wait(fresh: Fresh) -> None:
+    # requirement X8, X9
+    pytest.importorskip("torch")
+    for vendor in VENDORS:
+        pytest.importorskip(f"hal_{vendor}")
+    at_first, later, text = fresh(
+        VENDOR_KERNELS
+        + """
+handle = attention()
+at_first = vendors()
+text = handle.selection.explain()
+answer([at_first, vendors(), text])
+"""
+    )
+    assert at_first == []
+    assert {name.partition(".")[0] for name in later} == {f"hal_{vendor}" for vendor in VENDORS}
+    assert [name for name in later if "mla" in name] == []
+    lines = [line.partition(": ")[2] for line in text.splitlines() if "other vendors' devices only" in line]
+    kernels = [k for k in _plugins.registry().kernels.values() if k.op == "attention"]
+    assert {n for line in lines for n in line.split(", ")} == {
+        k.library for k in kernels if "cpu" not in (k.platforms or "cpu")
+    }
+
+
+def test_it_makes_no_difference_who_looked_before(fresh: Fresh) -> None:
+    # requirement X9, C2
+    pytest.importorskip("torch")
+    look = {"nobody": "pass", "an explanation": "attention().explain()", "all": "hal.plugins()"}
+    told = {
+        who: fresh(
+            f"""{VENDOR_KERNELS}
+from hal.errors import HalError
+{what}
+handle = attention()
+facts = [handle.receipt(), list(hal.receipts()), handle.explain(), handle.kernels()]
+for wrong in ("fa2", "aiter.decode", "torch_musa", "fa2.prefil", "flashinfer.rms_norm", {{"decode": "mate.prefill"}}):
+    try:
+        attention(kernel=wrong)
+    except HalError as error:
+        facts.append([type(error).__name__, str(error)])
+with hal.override(disable=["fa2", "aiter.decode"]):
+    facts.append([attention().explain(), attention().receipt()])
+answer(facts)
+"""
+        )
+        for who, what in look.items()
+    }
+    assert len(told["nobody"]) == 11
+    assert told["an explanation"] == told["all"] == told["nobody"]

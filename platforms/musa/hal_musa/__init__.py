@@ -17,7 +17,8 @@ _KERNELS: ByOp[Kernel] = ByOp(
     {
         "hal_musa.mate_kernels:KERNELS": ("attention",),
         "hal_musa.torch_musa_kernels:KERNELS": ("attention", "rms_norm", "silu_and_mul"),
-    }
+    },
+    platforms=("musa",),
 )
 
 

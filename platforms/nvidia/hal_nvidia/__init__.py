@@ -25,7 +25,8 @@ _KERNELS: ByOp[Kernel] = ByOp(
         "hal_nvidia.flashinfer_trtllm_kernels:KERNELS": ("attention",),
         "hal_nvidia.trtllm_mla_kernels:KERNELS": ("mla_attention",),
         "hal_nvidia.flashinfer_op_kernels:KERNELS": ("rms_norm", "silu_and_mul", "gelu_and_mul"),
-    }
+    },
+    platforms=("nvidia",),
 )
 
 

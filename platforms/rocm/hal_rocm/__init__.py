@@ -30,7 +30,8 @@ _KERNELS: ByOp[Kernel] = ByOp(
         ),
         "hal_rocm.flash_attn_kernels:KERNELS": ("attention",),
         "hal_rocm.sdpa_kernels:KERNELS": ("attention",),
-    }
+    },
+    platforms=("rocm",),
 )
 
 
