@@ -153,7 +153,7 @@ class Settings:
 
 def fingerprint() -> tuple[Any, ...]:
     """Whatever decides :func:`current`, as a hashable key that is cheap to make."""
-    variables = tuple((k, v) for k, v in os.environ.items() if k.startswith("HAL_"))
+    variables = tuple((name, os.environ[name]) for name in os.environ if name.startswith("HAL_"))
     return (variables, tuple(_context.get().items()), _config_stamp(os.environ.get("HAL_CONFIG")))
 
 

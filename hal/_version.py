@@ -6,27 +6,25 @@ always false, and :meth:`Version.satisfies` answers ``None``.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import re
 from typing import TYPE_CHECKING, Any
-
-from packaging.version import InvalidVersion
-from packaging.version import Version as _PublicVersion
 
 from hal_ops import record
 
 if TYPE_CHECKING:
     from packaging.specifiers import SpecifierSet
+    from packaging.version import Version as PublicVersion
 
 __all__ = ["Version"]
 
 _BARE_LETTER = re.compile(r"\d[a-z]\Z", re.ASCII | re.IGNORECASE)
 _LEADING = re.compile(r"\s*v?(\d+(?:\.\d+)*)", re.ASCII | re.IGNORECASE)
 
+_PLAIN = re.compile(r"(\d+(?:\.\d+)*)(?:\+[a-z0-9]+(?:\.[a-z0-9]+)*)?\Z", re.ASCII)
 _AT_LEAST = re.compile(r">= ?(\d+(?:\.\d+)*)\Z", re.ASCII)
-"""What most declarations say. It is answered here, by PEP 440's rule: ``packaging.specifiers`` takes milliseconds to
-import, and most processes need it for nothing else."""
+"""What most versions are, and most declarations say. These are compared here, by PEP 440's rule: ``packaging`` takes
+milliseconds to import, and most processes need it for nothing else."""
 
 
 @functools.total_ordering
@@ -41,7 +39,6 @@ class Version:
     text: str
     release: tuple[int, ...] = ()
     reason: str = ""
-    _public: _PublicVersion | None = dataclasses.field(default=None, repr=False)
 
     @classmethod
     def parse(cls, value: Any) -> Version:
@@ -62,7 +59,11 @@ class Version:
     @property
     def known(self) -> bool:
         """Whether there is a number to compare."""
-        return self._public is not None
+        return bool(self.release)
+
+    @functools.cached_property
+    def _public(self) -> PublicVersion | None:
+        return _public(self.text) if self.known else None
 
     def satisfies(self, specifier: str) -> bool | None:
         """Whether the version meets a specifier such as ``">=12.3,<14"``; ``None`` when it is unknown.
@@ -73,10 +74,14 @@ class Version:
             ValueError: ``specifier`` is not a PEP 440 specifier.
         """
         least = _AT_LEAST.match(specifier)
-        if least is not None:
-            return None if self._public is None else _PublicVersion(self._public.public) >= _PublicVersion(least[1])
-        wanted = _specifier(specifier)
-        return None if self._public is None else wanted.contains(self._public, prereleases=True)
+        if least is None:
+            wanted = _specifier(specifier)
+            return None if self._public is None else wanted.contains(self._public, prereleases=True)
+        if not self.known:
+            return None
+        if _PLAIN.match(self.text):
+            return _trimmed(self.release) >= _trimmed(_numbers(least[1]))
+        return _public(str(self._public).partition("+")[0]) >= _public(least[1])
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Version):
@@ -115,11 +120,31 @@ def _parse(text: str) -> Version:
         return Version(text, reason=f"no number at the start of {text!r}" if text else "the version is empty")
     if len(match[1]) > 200:
         return Version(text, reason="the version is longer than any real one")
+    epoch = text.startswith("!", match.end())
+    return Version(text, _public(text).release if epoch else _numbers(match[1]))
+
+
+def _public(text: str) -> PublicVersion:
+    """As PEP 440 reads a text that starts with numbers; they alone count where it does not."""
+    from packaging.version import InvalidVersion
+    from packaging.version import Version as PublicVersion
+
+    leading = _LEADING.match(text)
+    assert leading is not None
     try:
-        public = _PublicVersion(match[1] if _BARE_LETTER.search(text) else text)
+        return PublicVersion(leading[1] if _BARE_LETTER.search(text) else text)
     except InvalidVersion:
-        public = _PublicVersion(match[1])
-    return Version(text, public.release, _public=public)
+        return PublicVersion(leading[1])
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(".")))
+
+
+def _trimmed(release: tuple[int, ...]) -> tuple[int, ...]:
+    while release and release[-1] == 0:
+        release = release[:-1]
+    return release
 
 
 @functools.lru_cache(maxsize=1024)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 __all__ = ["record"]
 
@@ -30,18 +30,20 @@ else:
 _lock = threading.RLock()
 
 
-class _Fields(NamedTuple):
+class _Fields:
     """What the shared methods need to know of a class."""
 
-    positional: tuple[str, ...]
-    names: frozenset[str]
-    defaults: dict[str, Any]
-    factories: dict[str, Callable[[], Any]]
-    shown: tuple[str, ...]
-    compared: tuple[str, ...]
-    hashed: tuple[str, ...]
-    finished: bool
-    """Whether the class has a ``__post_init__``."""
+    def __init__(self, cls: type, fields: tuple[dataclasses.Field[Any], ...]) -> None:
+        self.positional = tuple(f.name for f in fields if not f.kw_only)
+        self.names = frozenset(f.name for f in fields)
+        self.defaults = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+        self.factories: dict[str, Callable[[], Any]] = {
+            f.name: f.default_factory for f in fields if f.default_factory is not dataclasses.MISSING
+        }
+        self.shown = tuple(f.name for f in fields if f.repr)
+        self.compared = tuple(f.name for f in fields if f.compare)
+        self.hashed = tuple(f.name for f in fields if (f.compare if f.hash is None else f.hash))
+        self.finished = hasattr(cls, "__post_init__")
 
 
 def _made(cls: type, kw_only: bool) -> type:
@@ -50,18 +52,8 @@ def _made(cls: type, kw_only: bool) -> type:
     if fields is None:
         _process(cls, kw_only)
         fields = dataclasses.fields(mine)
-    positional = tuple(f.name for f in fields if not f.kw_only)
-    setattr(cls, "__match_args__", positional)  # noqa: B010 - Python's own name, which mypy would keep from us
-    mine.__record__ = _Fields(
-        positional=positional,
-        names=frozenset(f.name for f in fields),
-        defaults={f.name: f.default for f in fields if f.default is not dataclasses.MISSING},
-        factories={f.name: f.default_factory for f in fields if f.default_factory is not dataclasses.MISSING},
-        shown=tuple(f.name for f in fields if f.repr),
-        compared=tuple(f.name for f in fields if f.compare),
-        hashed=tuple(f.name for f in fields if (f.compare if f.hash is None else f.hash)),
-        finished=hasattr(cls, "__post_init__"),
-    )
+    mine.__record__ = _Fields(cls, fields)
+    setattr(cls, "__match_args__", mine.__record__.positional)  # noqa: B010 - Python's own name, which mypy would keep
     if "__init__" not in cls.__dict__:
         mine.__signature__ = _Signature()
     for name, method in _METHODS.items():
