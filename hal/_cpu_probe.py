@@ -25,7 +25,8 @@ _SPELLINGS = {
     "i586": "x86",
     "i686": "x86",
 }
-_FORM = re.compile(r"([a-z][a-z0-9_]*?(?:-64)?)(?:[_-](v[1-4]))?\Z", re.ASCII)
+_FORM = r"(?a:([a-z][a-z0-9_]*?(?:-64)?)(?:[_-](v[1-4]))?\Z)"
+_COMMON = ("x86_64", "aarch64")
 
 _TORCH = frozenset(
     {"fp16", "bf16", "fp8_e4m3fn", "fp8_e5m2", "fp8_e4m3fnuz", "fp8_e5m2fnuz", "deterministic"},
@@ -92,7 +93,9 @@ def parse_cpu_arch(text: str) -> Arch:
         ValueError: ``text`` is no name of a machine.
     """
     plain = str(text).strip().lower()
-    match = _FORM.match(plain)
+    if plain in _COMMON:
+        return Arch("cpu", plain)  # which spares most processes the pattern
+    match = re.match(_FORM, plain)
     if match is None:
         raise ValueError(f"{text!r} is no CPU arch: write 'x86_64', 'aarch64' or another machine name, or 'x86_64_v3'")
     name = _SPELLINGS.get(match[1], match[1])
@@ -125,8 +128,10 @@ def _read(path: Path) -> str:
 
 def _fields(cpuinfo: str, *names: str) -> list[str]:
     """Values of the first of ``names`` that the text has, in order."""
+    lines = cpuinfo.split("\n")
     for name in names:
-        found = re.findall(rf"^{re.escape(name)}[ \t]*:[ \t]*(\S.*?)\s*$", cpuinfo, re.MULTILINE)
+        pairs = (line.removeprefix(name).partition(":") for line in lines if line.startswith(name))
+        found = [value.strip() for rest, _, value in pairs if not rest.strip() and value.strip()]
         if found:
             return found
     return []
@@ -155,8 +160,10 @@ def _instructions(cpuinfo: str) -> frozenset[str]:
 
 def _memory(meminfo: str) -> int | None:
     """Bytes of main memory: ``MemTotal``, or what the system's page count says."""
-    if match := re.search(r"^MemTotal:\s*(\d+) kB", meminfo, re.MULTILINE):
-        return int(match[1]) * 1024
+    for stated in _fields(meminfo, "MemTotal"):
+        number, _, unit = stated.partition(" ")
+        if number.isdecimal() and unit == "kB":
+            return int(number) * 1024
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):

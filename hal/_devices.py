@@ -72,10 +72,10 @@ def device(which: Any = None) -> Device:
     return _named(str(which).strip().lower())
 
 
-def platform_of(which: Any) -> str | None:
-    """The platform of the device that is meant; None where there is none, which :func:`device` says in its turn."""
+def meant(which: Any) -> Device | None:
+    """The device; None where that is an error, which :func:`device` raises in its turn."""
     try:
-        return device(which).platform
+        return device(which)
     except DeviceError:
         return None
 

@@ -100,7 +100,7 @@ def _load(path: Path, mtime: int) -> tuple[Erratum, ...]:
 
 
 def _row(row: Any, where: str) -> Erratum:
-    known = [f.name for f in dataclasses.fields(Erratum)]
+    known = list(Erratum.__annotations__)
     if not isinstance(row, dict):
         raise RegistrationError(f"{where}: must be an object")
     for key in row:

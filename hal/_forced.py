@@ -14,7 +14,7 @@ from hal_ops import Op, record
 if TYPE_CHECKING:
     from hal._lock import Locked
 
-__all__ = ["Forced", "forced_kernels", "wrong_names"]
+__all__ = ["Forced", "check_names", "forced_kernels", "wrong_names"]
 
 
 @record(frozen=True)
@@ -79,6 +79,19 @@ def _from_settings(op: Op, settings: Settings, source: str) -> dict[str, Forced]
         if value.value is not None and value.source.startswith(source):
             found[phase] = Forced(value.value, value.source)
     return found
+
+
+def check_names(settings: Settings, registry: Registry) -> None:
+    """Make sure that every op that a setting is about, and every kernel that one disables, is known.
+
+    Raises:
+        UnknownOpError, UnknownKernelError: with the nearest match.
+    """
+    for key in settings.op_keys():
+        registry.op(key.removeprefix("op_"))
+    disabled = settings.value("disable")
+    for name in disabled.value:
+        registry.check_known(name, disabled.source)
 
 
 def wrong_names(settings: Settings, registry: Registry) -> list[str]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from hal import _devices, _libraries, _plugins, _settings, _simulate
 from hal._registry import Registry
+from hal_ops import record
 
 __all__ = ["forget_states", "key_of"]
 
@@ -32,7 +33,8 @@ def key_of(name: str, fields: Mapping[str, Any], device: Any, kernel: Any) -> An
     return key
 
 
-class _State(NamedTuple):
+@record(frozen=True)
+class _State:
     """What to look at to see whether a kept handle still is what would be made."""
 
     variables: tuple[str, ...]

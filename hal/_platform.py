@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import re
 from abc import ABC, abstractmethod
@@ -133,6 +132,8 @@ def _changed_signatures(cls: type[Platform]) -> list[str]:
     return problems
 
 
-@functools.lru_cache(maxsize=64)
 def _parameters(method: Callable[..., Any]) -> list[str]:
-    return list(inspect.signature(method).parameters)
+    """Read off the code: ``inspect.signature`` takes half a millisecond for the methods of five platforms."""
+    code = inspect.unwrap(method).__code__
+    starred = bool(code.co_flags & inspect.CO_VARARGS) + bool(code.co_flags & inspect.CO_VARKEYWORDS)
+    return list(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount + starred])

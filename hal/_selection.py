@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from hal import _devices, _plugins, _settings
 from hal._device import Device
 from hal._eligibility import Circumstances, elsewhere, errata_for, why_not
-from hal._forced import Forced, forced_kernels
+from hal._forced import Forced, check_names, forced_kernels
 from hal._joint import Job, decide_open_fields
 from hal._kernel import Kernel
 from hal._ledger import Ledger
@@ -160,8 +160,12 @@ def select_together(requests: Sequence[Request], *, device: Any = None, kernel: 
     Fields left open (``page_size``, ``kv_layout``) get one value for all of them: the one with which the best kernels
     can serve.
     """
+    where = _devices.meant(device)
+    platform = None if where is None else where.platform
     try:
-        registry = _plugins.registry({request.op for request in requests}, _devices.platform_of(device))
+        registry = _plugins.registry({request.op for request in requests}, platform)
+        if where is not None and where.platform in registry.platforms:
+            device = where  # and not found anew, unless its plugin turned out to be broken
         return _decided(requests, device, kernel, registry)
     except UnknownKernelError:
         everything = _plugins.registry()  # a name may be of another op, or of a kernel for other devices
@@ -170,7 +174,7 @@ def select_together(requests: Sequence[Request], *, device: Any = None, kernel: 
 
 def _decided(requests: Sequence[Request], device: Any, kernel: Any, registry: Registry) -> tuple[Selection, ...]:
     settings = _settings.current()
-    _check_settings(settings, registry)
+    check_names(settings, registry)
     ledger = Ledger(settings.cache_dir() / "ledger.json")
     around = Circumstances(_devices.device(device), registry, settings, ledger, broken)
     jobs = [_job(request, kernel, around) for request in requests]
@@ -234,14 +238,6 @@ def require(selection: Selection) -> Selection:
     from hal._explain import render_failure
 
     raise NoKernelError(render_failure(selection), selection=selection)
-
-
-def _check_settings(settings: _settings.Settings, registry: Registry) -> None:
-    for key in settings.op_keys():
-        registry.op(key.removeprefix("op_"))
-    disabled = settings.value("disable")
-    for name in disabled.value:
-        registry.check_known(name, disabled.source)
 
 
 def _choose(op: Op, phase: str, request: Request, forced: Forced | None, around: Circumstances) -> PhaseChoice:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hal_ops._dtypes import is_fp8
+from hal_ops._record import record
 from hal_ops.attention import masks
 from hal_ops.attention.contract import Step
 from hal_ops.attention.request import AttentionRequest
@@ -28,7 +29,7 @@ _SPARE_KEYS = 32
 _SPARE_SHARE = 8
 
 
-@dataclasses.dataclass
+@record(frozen=True)
 class Group:
     """Rows attended to in one call.
 
