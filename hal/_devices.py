@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import logging
 import os
 import sys
@@ -12,7 +13,6 @@ from hal import _plugins, _settings
 from hal._device import Device, Evidence, Probe
 from hal._platform import Platform
 from hal._registry import Registry
-from hal._simulate import parse_devices, simulated
 from hal.errors import DeviceError, VisibilityError, did_you_mean
 
 __all__ = ["device", "devices", "probe_report"]
@@ -20,6 +20,8 @@ __all__ = ["device", "devices", "probe_report"]
 log = logging.getLogger("hal")
 _probes: dict[tuple[Any, ...], Probe] = {}
 _warned: set[str] = set()
+simulated: contextvars.ContextVar[str | tuple[Device, ...] | None] = contextvars.ContextVar("hal_devices", default=None)
+"""What ``hal.simulate`` puts in the place of probed devices."""
 
 
 def devices(platform: str | None = None) -> tuple[Device, ...]:
@@ -92,7 +94,7 @@ def _by_rank(registry: Registry) -> list[str]:
 
 
 def _simulated(registry: Registry) -> tuple[Device, ...] | None:
-    text = simulated()
+    text = simulated.get()
     if text is None:
         text = _settings.current()["devices"]
     if text is None or isinstance(text, tuple):
@@ -102,6 +104,8 @@ def _simulated(registry: Registry) -> tuple[Device, ...] | None:
 
 @lru_cache(maxsize=64)
 def _simulated_text(text: str, registry: Registry) -> tuple[Device, ...]:
+    from hal._simulate import parse_devices
+
     return parse_devices(text, registry)
 
 

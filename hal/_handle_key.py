@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from hal import _devices, _libraries, _plugins, _settings, _simulate
+from hal import _devices, _libraries, _plugins, _settings
 from hal._registry import Registry
 from hal_ops import record
 
@@ -19,7 +19,7 @@ def key_of(name: str, fields: Mapping[str, Any], device: Any, kernel: Any) -> An
     """Everything that decides a handle, or None when that cannot be hashed. Cheap: it is made at every call."""
     forced = tuple(sorted(kernel.items())) if isinstance(kernel, Mapping) else kernel
     device = getattr(device, "device", device)
-    state = (_settings.fingerprint(), _simulate.simulated(), _libraries.simulating(), _plugins.temporary())
+    state = (_settings.fingerprint(), _devices.simulated.get(), _libraries.simulating(), _plugins.temporary())
     try:
         if state not in _states:
             _states[state] = _state_of(_plugins.registry(()))

@@ -120,7 +120,7 @@ SETTINGS = tuple(
 REMOVED: dict[str, str] = {}
 """Variables of earlier versions, with what to use instead."""
 
-_OP = re.compile(r"HAL_OP_[A-Z0-9_]+\Z")
+_OP = r"HAL_OP_[A-Z0-9_]+\Z"
 _BY_KEY = {s.key: s for s in SETTINGS}
 _BY_NAME = {s.name: s for s in SETTINGS}
 _context: contextvars.ContextVar[Mapping[str, Value]] = contextvars.ContextVar("hal_override", default={})  # noqa: B039
@@ -197,7 +197,7 @@ def _from_variable(name: str, text: str) -> dict[str, Value]:
 
 
 def _op_setting(name: str) -> Setting | None:
-    if not _OP.match(name):
+    if not re.match(_OP, name):
         return None
     return Setting(name, _name, None, "kernel or library to force for this op", "a name of `hal kernels`")
 

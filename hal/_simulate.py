@@ -14,7 +14,6 @@ Each key is given once. ``memory`` is a number with its unit, KiB, MiB, GiB or T
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import dataclasses
 import functools
 import re
@@ -22,6 +21,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from hal import _devices
 from hal._device import Device
 from hal._libraries import normalize, simulated_libraries
 from hal._platform import Platform
@@ -38,8 +38,6 @@ _MEMORY = r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\Z"
 _VERSION = r"v?\d[\w.+-]*"
 _COUNT = r"\*\s*(\d+)\s*\Z"
 _KEYS = ("runtime", "driver", "memory", "name", "multiprocessors", "uuid", "capabilities")
-
-_devices: contextvars.ContextVar[str | tuple[Device, ...] | None] = contextvars.ContextVar("hal_devices", default=None)
 
 
 @record(frozen=True)
@@ -196,12 +194,12 @@ def simulate(
     if libraries:
         _check_libraries(libraries)
     value = devices if devices is None or isinstance(devices, str) else tuple(devices)
-    token = _devices.set(_devices.get() if value is None else value)
+    token = _devices.simulated.set(_devices.simulated.get() if value is None else value)
     try:
         with simulated_libraries(libraries):
             yield
     finally:
-        _devices.reset(token)
+        _devices.simulated.reset(token)
 
 
 def _check_libraries(names: Iterable[str]) -> None:
@@ -230,8 +228,3 @@ def known_libraries(registry: Registry) -> dict[str, str]:
         known.setdefault(normalize(name), distributions[0])
     known.update({normalize(d): d for _, distributions in named for d in distributions})
     return known
-
-
-def simulated() -> str | tuple[Device, ...] | None:
-    """What :func:`simulate` set, or None."""
-    return _devices.get()

@@ -21,13 +21,7 @@ __all__ = ["Version"]
 _BARE_LETTER = re.compile(r"\d[a-z]\Z", re.ASCII | re.IGNORECASE)
 _LEADING = re.compile(r"\s*v?(\d+(?:\.\d+)*)", re.ASCII | re.IGNORECASE)
 
-_PLAIN = re.compile(r"(\d+(?:\.\d+)*)(?:\+[a-z0-9]+(?:\.[a-z0-9]+)*)?\Z", re.ASCII)
-_AT_LEAST = re.compile(r">= ?(\d+(?:\.\d+)*)\Z", re.ASCII)
-"""What most versions are, and most declarations say. These are compared here, by PEP 440's rule: ``packaging`` takes
-milliseconds to import, and most processes need it for nothing else."""
 
-
-@functools.total_ordering
 @record(frozen=True)
 class Version:
     """A version as numbers, with the text that it came from.
@@ -73,15 +67,15 @@ class Version:
         Raises:
             ValueError: ``specifier`` is not a PEP 440 specifier.
         """
-        least = _AT_LEAST.match(specifier)
+        least = _plain(specifier[2:].lstrip()) if specifier.startswith(">=") else None
         if least is None:
             wanted = _specifier(specifier)
             return None if self._public is None else wanted.contains(self._public, prereleases=True)
         if not self.known:
             return None
-        if _PLAIN.match(self.text):
-            return _trimmed(self.release) >= _trimmed(_numbers(least[1]))
-        return _public(str(self._public).partition("+")[0]) >= _public(least[1])
+        if _plain(self.text.partition("+")[0]) is not None:
+            return _trimmed(self.release) >= _trimmed(least)
+        return _public(str(self._public).partition("+")[0]) >= _public(specifier[2:])
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Version):
@@ -121,7 +115,7 @@ def _parse(text: str) -> Version:
     if len(match[1]) > 200:
         return Version(text, reason="the version is longer than any real one")
     epoch = text.startswith("!", match.end())
-    return Version(text, _public(text).release if epoch else _numbers(match[1]))
+    return Version(text, _public(text).release if epoch else tuple(map(int, match[1].split("."))))
 
 
 def _public(text: str) -> PublicVersion:
@@ -137,8 +131,11 @@ def _public(text: str) -> PublicVersion:
         return PublicVersion(leading[1])
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(map(int, text.split(".")))
+def _plain(text: str) -> tuple[int, ...] | None:
+    """The numbers of a text that is nothing else, as most versions and bounds are. These are compared here, by PEP 440's
+    rule: ``packaging`` takes milliseconds to import, and most processes need it for nothing else."""
+    parts = text.split(".")
+    return tuple(map(int, parts)) if text.isascii() and all(map(str.isdecimal, parts)) else None
 
 
 def _trimmed(release: tuple[int, ...]) -> tuple[int, ...]:
