@@ -165,16 +165,16 @@ def _version(kernel: Kernel, field: str, name: str, wanted: str, found: Version)
 
 def _libraries(kernel: Kernel, around: Circumstances) -> Iterator[Reason]:
     for needs in kernel.needs:
-        versions = [v for v in (installed(name) for name in needs.names()) if v is not None]
-        if not versions:
+        found = next((v for v in map(installed, needs.names()) if v is not None), None)
+        if found is None:
             yield Reason(
                 "not_installed", f"{needs.library} is not installed", "library", "", needs.versions, _install(needs)
             )
         elif needs.module and not has_module(needs.module):
-            text = f"{needs.library} {versions[0]} here is another project of that name: it has no {needs.module}"
-            yield Reason("not_installed", text, "library", str(versions[0]), needs.versions, _install(needs))
+            text = f"{needs.library} {found} here is another project of that name: it has no {needs.module}"
+            yield Reason("not_installed", text, "library", str(found), needs.versions, _install(needs))
         elif needs.versions:
-            yield from _library_version(needs, versions[0])
+            yield from _library_version(needs, found)
 
 
 def _library_version(needs: Needs, found: Version) -> Iterator[Reason]:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Version"]
 
-_BARE_LETTER = re.compile(r"\d[a-z]\Z", re.ASCII | re.IGNORECASE)
-_LEADING = re.compile(r"\s*v?(\d+(?:\.\d+)*)", re.ASCII | re.IGNORECASE)
+_BARE_LETTER = r"[0-9][a-zA-Z]\Z"
+_LEADING = re.compile(r"\s*[vV]?([0-9]+(?:\.[0-9]+)*)", re.ASCII)
 
 
 @record(frozen=True)
@@ -126,7 +126,7 @@ def _public(text: str) -> PublicVersion:
     leading = _LEADING.match(text)
     assert leading is not None
     try:
-        return PublicVersion(leading[1] if _BARE_LETTER.search(text) else text)
+        return PublicVersion(leading[1] if re.search(_BARE_LETTER, text) else text)
     except InvalidVersion:
         return PublicVersion(leading[1])
 

@@ -30,10 +30,19 @@ else:
 _lock = threading.RLock()
 
 
+class _Annotated:
+    """What counts here of a field that is no more than an annotation, perhaps with a default; a ``Field`` costs more."""
+
+    default_factory, repr, compare, hash = dataclasses.MISSING, True, True, None
+
+    def __init__(self, name: str, default: Any, kw_only: bool) -> None:
+        self.name, self.default, self.kw_only = name, default, kw_only
+
+
 class _Fields:
     """What the shared methods need to know of a class."""
 
-    def __init__(self, cls: type, fields: tuple[dataclasses.Field[Any], ...]) -> None:
+    def __init__(self, cls: type, fields: tuple[Any, ...]) -> None:
         self.positional = tuple(f.name for f in fields if not f.kw_only)
         self.names = frozenset(f.name for f in fields)
         self.defaults = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
@@ -71,28 +80,33 @@ def _process(cls: type, kw_only: bool) -> None:
     mine.__dataclass_params__.frozen = True
 
 
-def _plain_fields(cls: type, kw_only: bool) -> tuple[dataclasses.Field[Any], ...] | None:
+def _plain_fields(cls: type, kw_only: bool) -> tuple[Any, ...] | None:
     """The fields of a class that is simple enough for ``dataclasses`` to read it later; None of any other."""
     mine: Any = cls
-    bases = any(hasattr(base, "__record__") or hasattr(base, "__dataclass_fields__") for base in cls.__mro__[1:])
     texts = [a if isinstance(a, str) else "" for a in mine.__annotations__.values()]
-    if bases or any(not text or "InitVar" in text or "KW_ONLY" in text for text in texts):
+    if any(map(_has_fields, cls.__mro__[1:])) or any(
+        not text or "InitVar" in text or "KW_ONLY" in text for text in texts
+    ):
         return None
     names = [n for n, text in mine.__annotations__.items() if "ClassVar" not in text.partition("[")[0]]
     written = {n: value for n, value in vars(cls).items() if isinstance(value, dataclasses.Field)}
     given = {n: vars(cls).get(n, dataclasses.MISSING) for n in names}
     if not written.keys() <= given.keys() or any(type(value).__hash__ is None for value in given.values()):
         return None  # which is an error, in the words of dataclasses
-    fields = {n: written[n] if n in written else dataclasses.field(default=value) for n, value in given.items()}
-    for name, field in fields.items():
+    fields = {n: written[n] if n in written else _Annotated(n, value, kw_only) for n, value in given.items()}
+    for name, field in written.items():
         field.name, field.kw_only = name, kw_only if field.kw_only is dataclasses.MISSING else field.kw_only
-        if name in written:
-            delattr(cls, name)
-            if field.default is not dataclasses.MISSING:
-                setattr(cls, name, field.default)
+        delattr(cls, name)
+        if field.default is not dataclasses.MISSING:
+            setattr(cls, name, field.default)
     for attribute in ("__dataclass_fields__", "__dataclass_params__"):
         setattr(cls, attribute, _Later(attribute, cls, kw_only, written))
     return tuple(fields.values())
+
+
+def _has_fields(base: Any) -> bool:
+    """Whether a base class has fields to inherit; asked of a record, ``dataclasses`` would read it."""
+    return bool(base.__record__.names) if hasattr(base, "__record__") else hasattr(base, "__dataclass_fields__")
 
 
 class _Later:

@@ -149,9 +149,12 @@ def test_nothing_is_written_by_looking(fresh: Fresh, tmp_path: Path) -> None:
 LATER = ("packaging.specifiers", "packaging.requirements", "hal._compile", "hal._explain", "hal._lock", "hal._near",
          "hal._measurements", "hal.testing", "hal.cli")  # fmt: skip
 ONLY_WITH_DEVICES = (
+    "_arch",
     "_capabilities",
+    "_cards",
     "_devices",
     "_driver",
+    "_gpus",
     "_mtml",
     "_names",
     "_nvml",

@@ -6,15 +6,7 @@ from hal import Arch
 from hal_musa._arch import UNKNOWN
 from hal_ops import record
 
-__all__ = ["Gpu", "Reading", "SourceError", "plural"]
-
-
-class SourceError(Exception):
-    """A source that cannot answer here: why, and what would change it."""
-
-    def __init__(self, text: str, remedy: str = "") -> None:
-        super().__init__(text)
-        self.remedy = remedy
+__all__ = ["Gpu", "Reading", "plural"]
 
 
 @record(frozen=True, kw_only=True)

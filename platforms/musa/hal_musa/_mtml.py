@@ -10,8 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 from hal_musa._arch import UNKNOWN
-from hal_musa._gpus import Gpu, Reading, SourceError
+from hal_musa._gpus import Gpu, Reading
 from hal_musa._products import arch_of, product_of
+from hal_musa._system import SourceError
 
 __all__ = ["read_mtml"]
 

@@ -6,11 +6,14 @@ Where neither answers nothing else is imported: most machines that have this plu
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 from hal import Evidence, Probe
-from hal_musa._gpus import Reading, SourceError, plural
-from hal_musa._system import System
+from hal_musa._system import SourceError, System
 from hal_musa._torch import read_torch
+
+if TYPE_CHECKING:
+    from hal_musa._gpus import Reading
 
 __all__ = ["probe"]
 
@@ -38,6 +41,8 @@ def _readings(system: System, evidence: list[Evidence]) -> tuple[Reading | None,
         except SourceError as missing:
             evidence.append(Evidence(name, str(missing), remedy=missing.remedy))
             return None
+        from hal_musa._gpus import plural
+
         text = "; ".join([plural(len(reading.gpus), "GPU"), *(f"does not tell {call}" for call in reading.untold)])
         evidence.append(Evidence(name, text, found=len(reading.gpus)))
         return reading

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hal_musa._arch import from_number
-from hal_musa._gpus import Gpu, Reading, SourceError
+from hal_musa._system import SourceError
+
+if TYPE_CHECKING:
+    from hal_musa._gpus import Gpu, Reading
 
 __all__ = ["decode_version", "read_torch"]
 
@@ -24,6 +26,8 @@ def read_torch(torch: Any) -> Reading:
     count = musa.device_count()
     if not count:
         raise SourceError("torch.musa is initialised, but counts no device")
+    from hal_musa._gpus import Reading
+
     gpus = tuple(_gpu(index, musa.get_device_properties(index)) for index in range(count))
     return Reading(source="torch_musa", gpus=gpus, ordered=True)
 
@@ -43,6 +47,9 @@ def decode_version(text: str) -> str:
 
 
 def _gpu(index: int, properties: Any) -> Gpu:
+    from hal_musa._arch import from_number
+    from hal_musa._gpus import Gpu
+
     return Gpu(
         position=index,
         arch=from_number(properties.major, properties.minor),

@@ -4,18 +4,7 @@ from __future__ import annotations
 
 from hal_ops import record
 
-__all__ = ["Card", "OTHERS", "Reading", "SourceError", "plural"]
-
-OTHERS = {"hip": "ROCm", "musa": "MUSA"}
-"""What torch may be built for instead of CUDA."""
-
-
-class SourceError(Exception):
-    """A source that cannot answer here: why, and what would change it."""
-
-    def __init__(self, text: str, remedy: str = "") -> None:
-        super().__init__(text)
-        self.remedy = remedy
+__all__ = ["Card", "Reading", "plural"]
 
 
 @record(frozen=True, kw_only=True)

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from hal import Device, Evidence, Version
 from hal_nvidia._arch import UNKNOWN, from_number
 from hal_nvidia._capabilities import capabilities
-from hal_nvidia._cards import OTHERS, Card, Reading
+from hal_nvidia._cards import Card, Reading
 from hal_nvidia._order import visible_cards
 from hal_nvidia._system import System
+from hal_nvidia._torch import OTHERS
 
 __all__ = ["devices"]
 

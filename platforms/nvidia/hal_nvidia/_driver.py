@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from hal_nvidia._cards import Card, Reading, SourceError
+from hal_nvidia._cards import Card, Reading
+from hal_nvidia._system import SourceError
 
 __all__ = ["read_driver"]
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from hal_nvidia._cards import Card, Reading, SourceError
+from hal_nvidia._cards import Card, Reading
 from hal_nvidia._products import CORES_PER_MULTIPROCESSOR
+from hal_nvidia._system import SourceError
 
 __all__ = ["read_nvml"]
 

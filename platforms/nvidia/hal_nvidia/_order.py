@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from hal import Evidence
-from hal_nvidia._cards import Card, Reading, SourceError, plural
+from hal_nvidia._cards import Card, Reading, plural
 from hal_nvidia._driver import read_driver
-from hal_nvidia._system import System
+from hal_nvidia._system import SourceError, System
 from hal_nvidia._visible import Visible, parse_visible, resolve
 
 __all__ = ["visible_cards"]

@@ -6,11 +6,14 @@ Where no source answers nothing else is imported: most machines that have this p
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 from hal import Evidence, Probe
-from hal_nvidia._cards import OTHERS, Reading, SourceError, plural
-from hal_nvidia._system import System
-from hal_nvidia._torch import read_torch
+from hal_nvidia._system import SourceError, System
+from hal_nvidia._torch import OTHERS, read_torch
+
+if TYPE_CHECKING:
+    from hal_nvidia._cards import Reading
 
 __all__ = ["probe"]
 
@@ -50,6 +53,8 @@ def _first_reading(
 
 
 def _summary(reading: Reading) -> str:
+    from hal_nvidia._cards import plural
+
     versions = f"driver {reading.driver or 'unknown'}, CUDA {reading.cuda or 'unknown'}"
     text = f"{plural(len(reading.cards), 'GPU')}, {versions}"
     return f"{text}; does not tell {'; '.join(reading.untold)}" if reading.untold else text

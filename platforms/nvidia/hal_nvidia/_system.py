@@ -8,12 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from hal import torch_build
-from hal_nvidia._cards import SourceError
 
-__all__ = ["System"]
+__all__ = ["SourceError", "System"]
 
 _NODES = ("dev/nvidiactl", "dev/nvidia0", "dev/nvgpu", "dev/nvhost-gpu", "dev/dxg")
 _TIMEOUT = 30.0
+
+
+class SourceError(Exception):
+    """A source that cannot answer here: why, and what would change it."""
+
+    def __init__(self, text: str, remedy: str = "") -> None:
+        super().__init__(text)
+        self.remedy = remedy
 
 
 class System:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hal_nvidia._cards import Card, Reading, SourceError
+from hal_nvidia._system import SourceError
 
-__all__ = ["read_torch"]
+if TYPE_CHECKING:
+    from hal_nvidia._cards import Card, Reading
+
+__all__ = ["OTHERS", "read_torch"]
+
+OTHERS = {"hip": "ROCm", "musa": "MUSA"}
+"""What torch may be built for instead of CUDA."""
 
 
 def read_torch(torch: Any) -> Reading:
@@ -23,6 +29,8 @@ def read_torch(torch: Any) -> Reading:
     count = torch.cuda.device_count()
     if not count:
         raise SourceError("torch.cuda is initialised, but counts no device")
+    from hal_nvidia._cards import Reading
+
     cards = tuple(_card(i, torch.cuda.get_device_properties(i)) for i in range(count))
     return Reading(source="torch", cards=cards, cuda=str(torch.version.cuda), ordered=True)
 
@@ -30,7 +38,7 @@ def read_torch(torch: Any) -> Reading:
 def _require_cuda(torch: Any) -> None:
     """Adapters such as torchada, torch_musa and torch_npu put other vendors' functions into ``torch.cuda``."""
     version = getattr(torch, "version", None)
-    for vendor in ("hip", "musa"):
+    for vendor in OTHERS:
         if getattr(version, vendor, None):
             built = getattr(version, vendor)
             raise SourceError(f"this torch is built for {vendor} {built}, so torch.cuda is not CUDA")
@@ -43,6 +51,8 @@ def _require_cuda(torch: Any) -> None:
 
 
 def _card(position: int, properties: Any) -> Card:
+    from hal_nvidia._cards import Card
+
     uuid = str(getattr(properties, "uuid", "") or "")
     bus = getattr(properties, "pci_bus_id", None)
     known = bus is not None and hasattr(properties, "pci_domain_id")

@@ -6,15 +6,7 @@ from hal import Arch
 from hal_ops import record
 from hal_rocm._arch import UNKNOWN
 
-__all__ = ["Gpu", "Reading", "SourceError", "plural"]
-
-
-class SourceError(Exception):
-    """A source that cannot answer here: why, and what would change it."""
-
-    def __init__(self, text: str, remedy: str = "") -> None:
-        super().__init__(text)
-        self.remedy = remedy
+__all__ = ["Gpu", "Reading", "plural"]
 
 
 @record(frozen=True, kw_only=True)

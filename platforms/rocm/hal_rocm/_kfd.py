@@ -8,10 +8,12 @@ cgroup hides fails to be read with EPERM, and one without its render node in ``/
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from hal_rocm._arch import UNKNOWN, from_version
-from hal_rocm._gpus import Gpu, Reading, SourceError, plural
-from hal_rocm._system import System
+from hal_rocm._system import SourceError, System
+
+if TYPE_CHECKING:
+    from hal_rocm._gpus import Gpu, Reading
 
 __all__ = ["read_kfd"]
 
@@ -28,6 +30,8 @@ def read_kfd(system: System) -> Reading:
         SourceError: there is no KFD, it lists no GPU, or ``/dev/kfd`` is not here.
     """
     nodes = _nodes(system.root / _NODES)
+    from hal_rocm._gpus import Reading, plural
+
     gpus: list[Gpu] = []
     notes: list[str] = []
     hsa_node = 0
@@ -70,6 +74,9 @@ def _gpu(system: System, node: int, hsa_node: int, path: Path) -> Gpu | None:
     device_file = f"dev/dri/renderD{render}"
     if not system.exists(device_file):
         raise SourceError(f"node {node} has no /{device_file} here")
+    from hal_rocm._arch import UNKNOWN, from_version
+    from hal_rocm._gpus import Gpu
+
     arch = from_version(facts["gfx_target_version"]) if facts.get("gfx_target_version") else UNKNOWN
     unique = facts.get("unique_id", 0)
     return Gpu(

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hal import Evidence
-from hal_rocm._gpus import Gpu, SourceError
+from hal_rocm._gpus import Gpu
 from hal_rocm._products import NAMES
-from hal_rocm._system import System
+from hal_rocm._system import SourceError, System
 
 __all__ = ["with_names"]
 

@@ -6,12 +6,15 @@ Where neither answers nothing else is imported: most machines that have this plu
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 from hal import Evidence, Probe
-from hal_rocm._gpus import Reading, SourceError, plural
 from hal_rocm._kfd import read_kfd
-from hal_rocm._system import System
+from hal_rocm._system import SourceError, System
 from hal_rocm._torch import read_torch
+
+if TYPE_CHECKING:
+    from hal_rocm._gpus import Reading
 
 __all__ = ["probe"]
 
@@ -43,6 +46,8 @@ def _first_reading(system: System, evidence: list[Evidence]) -> Reading | None:
         except SourceError as missing:
             evidence.append(Evidence(name, str(missing), remedy=missing.remedy))
             continue
+        from hal_rocm._gpus import plural
+
         text = "; ".join([plural(len(reading.gpus), "GPU"), *reading.notes])
         evidence.append(Evidence(name, text, found=len(reading.gpus)))
         return reading

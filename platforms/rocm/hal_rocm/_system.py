@@ -10,9 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from hal import torch_build
-from hal_rocm._gpus import SourceError
 
-__all__ = ["System"]
+__all__ = ["SourceError", "System"]
+
+
+class SourceError(Exception):
+    """A source that cannot answer here: why, and what would change it."""
+
+    def __init__(self, text: str, remedy: str = "") -> None:
+        super().__init__(text)
+        self.remedy = remedy
 
 
 class System:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hal_rocm._arch import parse_arch
-from hal_rocm._gpus import Gpu, Reading, SourceError
+from hal_rocm._system import SourceError
+
+if TYPE_CHECKING:
+    from hal_rocm._gpus import Gpu, Reading
 
 __all__ = ["read_torch"]
 
@@ -30,12 +32,17 @@ def read_torch(torch: Any) -> Reading:
     count = torch.cuda.device_count()
     if not count:
         raise SourceError("torch.cuda is initialised, but counts no device")
+    from hal_rocm._gpus import Reading
+
     gpus = tuple(_gpu(torch.cuda.get_device_properties(i)) for i in range(count))
     return Reading(source="torch", gpus=gpus, ordered=True)
 
 
 def _gpu(properties: Any) -> Gpu:
     """torch counts work group processors on RDNA, two compute units each; the arch tells which it is."""
+    from hal_rocm._arch import parse_arch
+    from hal_rocm._gpus import Gpu
+
     arch = parse_arch(properties.gcnArchName)
     units = properties.multi_processor_count * (2 if arch.line == "rdna" else 1)
     return Gpu(arch=arch, name=properties.name, memory=properties.total_memory, units=units)

@@ -14,8 +14,7 @@ import pytest
 
 from hal._device import Probe
 from hal_musa import MusaPlatform
-from hal_musa._gpus import SourceError
-from hal_musa._system import System
+from hal_musa._system import SourceError, System
 
 GIB = 1 << 30
 MUSA_TORCH = {"torch": "2.7.1"}

@@ -15,8 +15,7 @@ import pytest
 
 from hal._device import Probe
 from hal_nvidia import NvidiaPlatform
-from hal_nvidia._cards import SourceError
-from hal_nvidia._system import System
+from hal_nvidia._system import SourceError, System
 
 GIB = 1 << 30
 CUDA_TORCH = {"torch": "2.11.0+cu130", "cuda": "13.0"}

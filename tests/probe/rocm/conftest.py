@@ -12,8 +12,7 @@ import pytest
 
 from hal._device import Probe
 from hal_rocm import RocmPlatform
-from hal_rocm._gpus import SourceError
-from hal_rocm._system import System
+from hal_rocm._system import SourceError, System
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "kfd"
 ROCM_TORCH = {"torch": "2.9.0+rocm6.4", "hip": "6.4.43482-0f2d60242"}
