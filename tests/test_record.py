@@ -57,6 +57,23 @@ def test_it_is_a_frozen_dataclass() -> None:
             change(pair)
 
 
+@record(frozen=False)
+class Open:
+    """One that may change."""
+
+    one: int
+    two: tuple[int, ...] = ()
+
+
+def test_it_may_be_open_to_changes() -> None:
+    value = Open(1)
+    value.two = (2,)
+    assert value == Open(1, (2,)) == dataclasses.replace(Open(3), one=1, two=(2,)) == pickle.loads(pickle.dumps(value))
+    assert not Open.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(value)
+
+
 def test_fields_are_inherited_and_set_up_once_all_are_there() -> None:
     assert (Wide(1).one, Wide(1, three=5).three) == (1, 6)
     assert [f.name for f in dataclasses.fields(Wide)] == ["one", "two", "more", "three"]

@@ -1,4 +1,4 @@
-"""``record``: frozen dataclasses that are cheap to define.
+"""``record``: dataclasses that are cheap to define, most of them frozen.
 
 ``dataclasses.dataclass(frozen=True)`` compiles up to seven methods from text for each class, half a millisecond a time;
 for the sixty classes behind a first handle that was a third of its time. The classes made here are dataclasses all the
@@ -21,10 +21,8 @@ if TYPE_CHECKING:
 else:
 
     def record(*, frozen: bool, kw_only: bool = False) -> Callable[[type], type]:
-        """``dataclasses.dataclass(frozen=True, ...)``; a method that the class defines itself stays, as it does there."""
-        if not frozen:
-            raise TypeError("a record is frozen")
-        return lambda cls: _made(cls, kw_only)
+        """``dataclasses.dataclass(frozen=..., ...)``; a method that the class defines itself stays, as it does there."""
+        return lambda cls: _made(cls, kw_only, frozen)
 
 
 _lock = threading.RLock()
@@ -55,32 +53,32 @@ class _Fields:
         self.finished = hasattr(cls, "__post_init__")
 
 
-def _made(cls: type, kw_only: bool) -> type:
+def _made(cls: type, kw_only: bool, frozen: bool) -> type:
     mine: Any = cls
-    fields = _plain_fields(cls, kw_only)
+    fields = _plain_fields(cls, kw_only, frozen)
     if fields is None:
-        _process(cls, kw_only)
+        _process(cls, kw_only, frozen)
         fields = dataclasses.fields(mine)
     mine.__record__ = _Fields(cls, fields)
     setattr(cls, "__match_args__", mine.__record__.positional)  # noqa: B010 - Python's own name, which mypy would keep
     if "__init__" not in cls.__dict__:
         mine.__signature__ = _Signature()
-    for name, method in _METHODS.items():
+    for name, method in (_METHODS if frozen else _CHANGEABLE).items():
         if cls.__dict__.get(name) is None:  # __hash__ is None where the class defines __eq__ alone
             setattr(cls, name, method)
     return cls
 
 
-def _process(cls: type, kw_only: bool) -> None:
+def _process(cls: type, kw_only: bool, frozen: bool) -> None:
     """Let ``dataclasses`` read the class."""
     mine: Any = cls
     # being frozen is what costs, so it is only claimed, afterwards; Python insists where a base claims it already
-    frozen = any(b.__dataclass_params__.frozen for b in mine.__mro__[1:] if hasattr(b, "__dataclass_params__"))
-    dataclasses.dataclass(init=False, repr=False, eq=False, frozen=frozen, kw_only=kw_only)(cls)
-    mine.__dataclass_params__.frozen = True
+    derived = any(b.__dataclass_params__.frozen for b in mine.__mro__[1:] if hasattr(b, "__dataclass_params__"))
+    dataclasses.dataclass(init=False, repr=False, eq=False, frozen=frozen and derived, kw_only=kw_only)(cls)
+    mine.__dataclass_params__.frozen = frozen
 
 
-def _plain_fields(cls: type, kw_only: bool) -> tuple[Any, ...] | None:
+def _plain_fields(cls: type, kw_only: bool, frozen: bool) -> tuple[Any, ...] | None:
     """The fields of a class that is simple enough for ``dataclasses`` to read it later; None of any other."""
     mine: Any = cls
     texts = [a if isinstance(a, str) else "" for a in mine.__annotations__.values()]
@@ -100,7 +98,7 @@ def _plain_fields(cls: type, kw_only: bool) -> tuple[Any, ...] | None:
         if field.default is not dataclasses.MISSING:
             setattr(cls, name, field.default)
     for attribute in ("__dataclass_fields__", "__dataclass_params__"):
-        setattr(cls, attribute, _Later(attribute, cls, kw_only, written))
+        setattr(cls, attribute, _Later(attribute, cls, (kw_only, frozen), written))
     return tuple(fields.values())
 
 
@@ -112,15 +110,15 @@ def _has_fields(base: Any) -> bool:
 class _Later:
     """Stands for what ``dataclasses`` knows of a class, until that is first looked at."""
 
-    def __init__(self, name: str, cls: type, kw_only: bool, written: dict[str, Any]) -> None:
-        self.name, self.cls, self.kw_only, self.written = name, cls, kw_only, written
+    def __init__(self, name: str, cls: type, how: tuple[bool, bool], written: dict[str, Any]) -> None:
+        self.name, self.cls, self.how, self.written = name, cls, how, written
 
     def __get__(self, instance: Any, owner: type) -> Any:
         with _lock:
             if vars(self.cls)[self.name] is self:
                 for name, field in self.written.items():
                     setattr(self.cls, name, field)
-                _process(self.cls, self.kw_only)
+                _process(self.cls, *self.how)
         return vars(self.cls)[self.name]
 
 
@@ -183,6 +181,7 @@ _METHODS: dict[str, Any] = {
     "__setattr__": _setattr,
     "__delattr__": _delattr,
 }
+_CHANGEABLE: dict[str, Any] = {"__init__": _init, "__repr__": _repr, "__eq__": _eq, "__hash__": None}
 
 
 class _Signature:

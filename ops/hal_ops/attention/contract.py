@@ -36,9 +36,10 @@ element or ``[num_kv_heads]``.
 
 from __future__ import annotations
 
-import dataclasses
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
+
+from hal_ops._record import record
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 __all__ = ["PagedAttention", "PrefillAttention", "Step", "with_lengths"]
 
 
-@dataclasses.dataclass(slots=True)
+@record(frozen=False)
 class Step:
     """One step's metadata in neutral form, made once and shared by every layer.
 
