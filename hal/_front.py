@@ -10,7 +10,6 @@ from typing import Any
 from hal import _devices, _plugins, _selection, _settings
 from hal._attention import Attention, check_needs_cache
 from hal._bind import bind
-from hal._checked import checked, keeps_gradients
 from hal._device import Device
 from hal._handle_key import forget_states, key_of
 from hal._selection import Selection
@@ -234,6 +233,8 @@ def get_op(
     op = _plugins.registry((name,), "portable").op(name)  # the contract is all it takes
     if op.phases != ("call",):
         raise TypeError(f"op {name!r} has phases {', '.join(op.phases)}: use hal.get_attention() or hal.select()")
+    from hal._checked import checked, keeps_gradients
+
     request = _request(op.request, name, fields)
     selection, made = bind(lambda: _selection.select(request, device=device, kernel=kernel))
     _keep_receipt(selection)

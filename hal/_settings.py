@@ -17,7 +17,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from hal._log import log_to_stderr
 from hal.errors import SettingError, did_you_mean
 from hal_ops import record
 
@@ -173,6 +172,8 @@ def _settings(key: tuple[Any, ...]) -> Settings:
     for name, text in variables:
         values.update(_from_variable(name, text))
     if "log" in values:
+        from hal._log import log_to_stderr
+
         log_to_stderr(values["log"].value)
     values.update(dict(context))
     return Settings(values)

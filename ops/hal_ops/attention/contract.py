@@ -44,7 +44,9 @@ from hal_ops._record import record
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["PagedAttention", "PrefillAttention", "Step", "with_lengths"]
+    from hal_ops.attention.request import AttentionRequest
+
+__all__ = ["PagedAttention", "PrefillAttention", "Step", "check_tensors", "with_lengths"]
 
 
 @record(frozen=False)
@@ -120,3 +122,16 @@ class PagedAttention(Protocol):
         v_scale: Tensor | None = None,
         return_lse: bool = False,
     ) -> Any: ...
+
+
+def check_tensors(request: AttentionRequest, sinks: Tensor | None, alibi_slopes: Tensor | None) -> None:
+    """Whether the call brings exactly the tensors that the request speaks of.
+
+    Raises:
+        ValueError: a tensor is missing, or one is given that the request does not mention.
+    """
+    for field, wanted, given in (("sinks", request.sinks, sinks), ("alibi", request.alibi, alibi_slopes)):
+        if wanted and given is None:
+            raise ValueError(f"the request has {field}=True, but the call brings no tensor for it: pass it at the call")
+        if given is not None and not wanted:
+            raise ValueError(f"the call brings a tensor for {field}, but the request has {field}=False: request it")

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hal_ops._dtypes import is_fp8, torch_dtype
 from hal_ops.attention import masks
-from hal_ops.attention.contract import PagedAttention, PrefillAttention, Step
+from hal_ops.attention.contract import PagedAttention, PrefillAttention, Step, check_tensors
 from hal_ops.attention.request import AttentionRequest
 from hal_ops.kv_layout import by_token
 
@@ -215,16 +215,3 @@ def _join(
 
 def _sums_of(request: AttentionRequest) -> torch.dtype:
     return torch.float64 if request.dtype == "float64" else torch.float32
-
-
-def check_tensors(request: AttentionRequest, sinks: Tensor | None, alibi_slopes: Tensor | None) -> None:
-    """Whether the call brings exactly the tensors that the request speaks of.
-
-    Raises:
-        ValueError: a tensor is missing, or one is given that the request does not mention.
-    """
-    for field, wanted, given in (("sinks", request.sinks, sinks), ("alibi", request.alibi, alibi_slopes)):
-        if wanted and given is None:
-            raise ValueError(f"the request has {field}=True, but the call brings no tensor for it: pass it at the call")
-        if given is not None and not wanted:
-            raise ValueError(f"the call brings a tensor for {field}, but the request has {field}=False: request it")

@@ -33,9 +33,8 @@ from torch.nn import functional
 
 from hal_ops._dtypes import FP8_DTYPES, torch_dtype
 from hal_ops.attention import _sdpa, masks
-from hal_ops.attention.contract import PagedAttention, PrefillAttention, Step
+from hal_ops.attention.contract import PagedAttention, PrefillAttention, Step, check_tensors
 from hal_ops.attention.gather import Gather, Group, plan_groups
-from hal_ops.attention.reference import check_tensors
 from hal_ops.attention.request import AttentionRequest
 
 __all__ = ["DTYPES", "KV_DTYPES", "decode", "extend", "prefill"]
