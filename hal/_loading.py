@@ -71,7 +71,7 @@ class Loaded:
         with lock:
             known = self._registry.op_names()
             wanted = known if ops is None or not known.issuperset(ops) else frozenset(ops)
-            plugins = [f.name for f in self._left if f.name in RESERVED or not self._may_wait(platform)]
+            plugins = RESERVED if self._may_wait(platform) else tuple(f.name for f in self._left)
             missing = frozenset((op, name) for name in plugins for op in wanted) - self._asked
             if missing:
                 self._load(missing)
