@@ -116,7 +116,7 @@ def _variant(
     }
     known["PACK"] = pack_heads(request.group_size, config.block_m)
     if isinstance(config, Hopper):
-        known.update(PARTS=config.parts, COPY_REGISTERS=config.registers)
+        known.update(PARTS=config.parts, COPY_REGISTERS=config.registers, TURNS=config.turns)
         options = {"num_warps": 4, "maxnreg": 65536 // (128 * (config.parts + 1)) // 8 * 8}
     else:
         options = {"num_warps": config.warps, "num_stages": config.stages}

@@ -10,6 +10,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from hal_ops.attention._hopper_copy import rows_layout
+from hal_ops.attention._hopper_turns import pass_turn, wait_turn
 
 __all__ = [
     "fold_block", "load_queries", "multiply_keys", "multiply_values", "pack", "product_layout", "softmax", "store_rows",
@@ -164,10 +165,11 @@ def store_rows(base, offsets, valid, x, DIM: gl.constexpr, BLOCK: gl.constexpr, 
 
 @gluon.jit
 def fold_block(
-    j, start, p, acc, rest, total, top, queries, keys, values, barriers, high,
+    j, start, p, acc, rest, total, top, queries, keys, values, barriers, turns, high,
     position, left, right, scale, cap, slope, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
     SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, PLAIN: gl.constexpr, MASKED: gl.constexpr,
     SPLIT: gl.constexpr, V_SPLIT: gl.constexpr, FENCE: gl.constexpr,
+    part: gl.constexpr, PARTS: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """Block ``j``: multiplies the weights of block ``j - 1`` with its values, and makes the weights of this one."""
     k_full, k_empty, v_full, v_empty = barriers
@@ -176,8 +178,10 @@ def fold_block(
     mbarrier.wait(k_full.index(j & 1), (j >> 1) & 1)
     if FENCE:
         hopper.fence_async_shared()
+    wait_turn(turns, last, part, TURNS)
     s = multiply_keys(queries, keys, j & 1, SPLIT)
     acc, rest = multiply_values(p, acc, rest, values, last & 1, V_SPLIT)
+    pass_turn(turns, part, PARTS, TURNS)
     s = hopper.warpgroup_mma_wait(2 if V_SPLIT else 1, deps=(s,))
     mbarrier.arrive(k_empty.index(j & 1))
     columns = start + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, s.type.layout))

@@ -53,6 +53,7 @@ class Hopper:
     """Tiles of ``block_n`` keys in :mod:`hal_ops.attention.triton_hopper`, for heads of up to ``dim`` and ``v_dim``.
 
     ``parts`` groups of four warps take 64 rows each, one copies; its threads have ``registers``, the others the rest.
+    ``turns``: how groups pass on their turn to multiply, see :mod:`hal_ops.attention._hopper_turns`; 0 for no turns.
     """
 
     dim: int
@@ -60,6 +61,7 @@ class Hopper:
     block_n: int
     parts: int
     registers: int
+    turns: int = 0
 
     @property
     def block_m(self) -> int:

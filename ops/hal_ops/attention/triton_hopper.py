@@ -30,6 +30,7 @@ from hal_ops.attention._hopper_math import (
     times,
     wait_values,
 )
+from hal_ops.attention._hopper_turns import make_turns, start_turns
 from hal_ops.attention._triton_place import key_blocks, place, place_tile
 
 __all__ = ["hopper_extend", "hopper_prefill"]
@@ -41,13 +42,14 @@ FLOOR = gl.constexpr(-3.0e38)
 
 @gluon.jit
 def _consume(
-    part, tile,
+    part: gl.constexpr, tile,
     HEADS: gl.constexpr, PACK: gl.constexpr, TOKENS: gl.constexpr, DIM: gl.constexpr, V_DIM: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
     SINKS: gl.constexpr, PLAIN: gl.constexpr, LSE: gl.constexpr, FENCE: gl.constexpr,
+    PARTS: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """A part of a tile: rows ``64 * part`` to ``64 * part + 63``."""
-    place, rules, outputs, queries, keys, values, barriers = tile
+    place, rules, outputs, queries, keys, values, barriers, turns = tile
     BLOCK_N: gl.constexpr = keys[0].shape[1]
     LAYOUT: gl.constexpr = product_layout(BLOCK_N, 4)
     ROWS: gl.constexpr = gl.SliceLayout(1, LAYOUT)
@@ -95,24 +97,25 @@ def _consume(
     )  # fmt: skip
     p = pack(p, values[0].dtype)
     mbarrier.wait(v_full.index(0), 0)
+    start_turns(part, PARTS, TURNS)
     for j in range(1, end - ragged):
         p, acc, rest, total, top = fold_block(
-            j, (end - 1 - j) * BLOCK_N, p, acc, rest, total, top, queries, keys, values, barriers, high,
+            j, (end - 1 - j) * BLOCK_N, p, acc, rest, total, top, queries, keys, values, barriers, turns, high,
             position, left, right, scale, cap, slope, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, PLAIN, True,
-            SPLIT, V_SPLIT, FENCE,
+            SPLIT, V_SPLIT, FENCE, part, PARTS, TURNS,
         )  # fmt: skip
     for j in range(gl.maximum(end - ragged, 1), end - whole):
         p, acc, rest, total, top = fold_block(
-            j, (end - 1 - j) * BLOCK_N, p, acc, rest, total, top, queries, keys, values, barriers, high,
+            j, (end - 1 - j) * BLOCK_N, p, acc, rest, total, top, queries, keys, values, barriers, turns, high,
             position, left, right, scale, cap, slope, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, PLAIN, False,
-            SPLIT, V_SPLIT, FENCE,
+            SPLIT, V_SPLIT, FENCE, part, PARTS, TURNS,
         )  # fmt: skip
     if HAS_LEFT:
         for j in range(gl.maximum(end - whole, 1), end - begin):
             p, acc, rest, total, top = fold_block(
-                j, (end - 1 - j) * BLOCK_N, p, acc, rest, total, top, queries, keys, values, barriers, high,
+                j, (end - 1 - j) * BLOCK_N, p, acc, rest, total, top, queries, keys, values, barriers, turns, high,
                 position, left, right, scale, cap, slope, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, PLAIN, True,
-                SPLIT, V_SPLIT, FENCE,
+                SPLIT, V_SPLIT, FENCE, part, PARTS, TURNS,
             )  # fmt: skip
     last = gl.maximum(end - begin, 1) - 1
     hopper.fence_async_shared()
@@ -139,6 +142,7 @@ def _tile(
     V_DIM: gl.constexpr, V_CUT: gl.constexpr, V_REST: gl.constexpr, BLOCK_N: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
     SINKS: gl.constexpr, PLAIN: gl.constexpr, LSE: gl.constexpr, PARTS: gl.constexpr, COPY_REGISTERS: gl.constexpr,
+    TURNS: gl.constexpr,
 ):  # fmt: skip
     """The tile of ``64 * PARTS`` rows whose first, ``token`` of ``head``, is at ``q``, ``out`` and ``lse``."""
     TOKENS: gl.constexpr = 64 * PARTS // PACK
@@ -161,16 +165,16 @@ def _tile(
         (q, q_stride, q_head_stride, head, token, q_len, kv_len),
         (sinks, slopes, left, right, scale, cap),
         (out, out_stride, out_head_stride, lse),
-        queries, keys, values, barriers,
+        queries, keys, values, barriers, make_turns(PARTS, TURNS),
     )  # fmt: skip
     copy = (k_source, v_source, k_boxes, v_boxes, token, q_len, kv_len, left, right, keys, values, barriers)
     if PARTS == 2:
         gl.warp_specialize(
             [
                 (_consume, (0, tile, HEADS, PACK, TOKENS, DIM, V_DIM, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, SINKS, PLAIN,
-                            LSE, not TMA)),
+                            LSE, not TMA, PARTS, TURNS)),
                 (_consume, (1, tile, HEADS, PACK, TOKENS, DIM, V_DIM, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, SINKS, PLAIN,
-                            LSE, not TMA)),
+                            LSE, not TMA, PARTS, TURNS)),
                 (produce, (copy, TOKENS, DIM, V_DIM, PAGE_SIZE, TMA, HAS_LEFT, HAS_RIGHT)),
             ],
             [4, 4], [(504 - COPY_REGISTERS) // 2, COPY_REGISTERS],
@@ -179,11 +183,11 @@ def _tile(
         gl.warp_specialize(
             [
                 (_consume, (0, tile, HEADS, PACK, TOKENS, DIM, V_DIM, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, SINKS, PLAIN,
-                            LSE, not TMA)),
+                            LSE, not TMA, PARTS, TURNS)),
                 (_consume, (1, tile, HEADS, PACK, TOKENS, DIM, V_DIM, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, SINKS, PLAIN,
-                            LSE, not TMA)),
+                            LSE, not TMA, PARTS, TURNS)),
                 (_consume, (2, tile, HEADS, PACK, TOKENS, DIM, V_DIM, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, SINKS, PLAIN,
-                            LSE, not TMA)),
+                            LSE, not TMA, PARTS, TURNS)),
                 (produce, (copy, TOKENS, DIM, V_DIM, PAGE_SIZE, TMA, HAS_LEFT, HAS_RIGHT)),
             ],
             [4, 4, 4], [(512 - COPY_REGISTERS) // 3, (512 - COPY_REGISTERS) // 3, COPY_REGISTERS],
@@ -210,6 +214,7 @@ def hopper_prefill(
     V_DIM: gl.constexpr, V_CUT: gl.constexpr, V_REST: gl.constexpr, BLOCK_N: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
     SINKS: gl.constexpr, PLAIN: gl.constexpr, LSE: gl.constexpr, PARTS: gl.constexpr, COPY_REGISTERS: gl.constexpr,
+    TURNS: gl.constexpr,
 ):  # fmt: skip
     """The same as :func:`hal_ops.attention.triton_prefill.prefill_kernel`, without scales, which are None."""
     row, head, token, q_start, k_start, out_start, q_len, kv_len = place(
@@ -234,7 +239,7 @@ def hopper_prefill(
         out, lse, sinks, slopes, head, token, q_len, kv_len, left, right, scale, cap,
         q_stride, q_head_stride, out_stride, out_head_stride,
         HEADS, PACK, 0, True, DIM, CUT, REST, V_DIM, V_CUT, V_REST, BLOCK_N,
-        HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, SINKS, PLAIN, LSE, PARTS, COPY_REGISTERS,
+        HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, SINKS, PLAIN, LSE, PARTS, COPY_REGISTERS, TURNS,
     )  # fmt: skip
 
 
@@ -256,6 +261,7 @@ def hopper_extend(
     V_DIM: gl.constexpr, V_CUT: gl.constexpr, V_REST: gl.constexpr, BLOCK_N: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
     SINKS: gl.constexpr, PLAIN: gl.constexpr, LSE: gl.constexpr, PARTS: gl.constexpr, COPY_REGISTERS: gl.constexpr,
+    TURNS: gl.constexpr,
 ):  # fmt: skip
     """The same as :func:`hal_ops.attention.triton_extend.extend_kernel`, without FP8."""
     row, head, token, q_start, q_len, kv_len = place_tile(tiles, cu_q, kv_lens, HEADS // PACK, PACK)
@@ -274,5 +280,5 @@ def hopper_extend(
         out, lse, sinks, slopes, head, token, q_len, kv_len, left, right, scale, cap,
         q_stride, q_head_stride, out_stride, out_head_stride,
         HEADS, PACK, PAGE_SIZE, TMA, DIM, CUT, REST, V_DIM, V_CUT, V_REST, BLOCK_N,
-        HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, SINKS, PLAIN, LSE, PARTS, COPY_REGISTERS,
+        HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, SINKS, PLAIN, LSE, PARTS, COPY_REGISTERS, TURNS,
     )  # fmt: skip
