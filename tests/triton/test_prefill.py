@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hal_ops.attention import AttentionRequest
-from hal_ops.attention._triton_configs import DEFAULT, HOPPER_PREFILL, TABLE, WIDE, Config, Hopper
+from hal_ops.attention._triton_configs import DEFAULT, HOPPER_PREFILL, TABLE, WIDE, Config, Hopper, keys_as_they_are
 from hal_ops.attention._triton_features import cut, pack_heads
 from hal_ops.attention.cases import indicator_case, make_case, visible_keys
 from hal_ops.attention.reference import prefill as reference
@@ -55,6 +55,8 @@ CORNERS: dict[str, dict[str, Any]] = {
     "e4m3fn": {"dtype": "float16", "qkv_dtype": "float8_e4m3fn", "return_lse": True},
     "e4m3fn a head": {"qkv_dtype": "float8_e4m3fn", "qkv_scale": "head", "head_dim": 96, "window": 9},
     "e4m3fn, two parts": {"qkv_dtype": "float8_e4m3fn", "dtype": "bfloat16", "head_dim": 80, "return_lse": True},
+    "e4m3fn, short heads": {"qkv_dtype": "float8_e4m3fn", "head_dim": 40, "v_head_dim": 16, "dtype": "bfloat16"},
+    "e5m2 of 16 bits": {"qkv_dtype": "float8_e5m2", "dtype": "bfloat16", "num_q_heads": 6, "sinks": True},
     "e5m2": {"dtype": "float32", "qkv_dtype": "float8_e5m2", "v_head_dim": 32, "softcap": 20.0, "return_lse": True},
     "everything": {
         "softcap": 30.0, "sinks": True, "alibi": True, "window": 20, "return_lse": True,
@@ -68,6 +70,45 @@ def test_a_corner_is_right(corner: str, device: str, assert_right: Check) -> Non
     # requirement D4, B13, B15, E8
     request = request_of(**CORNERS[corner])
     assert_right(make_case(request, "prefill", device=device).check(prefill(request, device)))
+
+
+FP8_PREFILLS: tuple[dict[str, Any], ...] = (
+    {"qkv_dtype": "float8_e4m3fn", "dtype": "bfloat16"},
+    {"qkv_dtype": "float8_e4m3fn", "head_dim": 96, "qkv_scale": "head", "window": 9},
+    {"qkv_dtype": "float8_e5m2", "dtype": "bfloat16", "v_head_dim": 32, "softcap": 20.0, "sinks": True},
+    {"qkv_dtype": "float8_e4m3fn", "head_dim": 128, "num_q_heads": 5, "num_kv_heads": 1, "causal": False},
+)
+
+
+@pytest.mark.parametrize("fields", FP8_PREFILLS, ids=str)
+@pytest.mark.parametrize("scale", ["normal", "large"])
+def test_fp8_is_as_close_as_16_bits(
+    fields: dict[str, Any], scale: str, device: str, assert_right: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products of FP8 q and k lose nothing that the gates for FP8 would permit; Triton's interpreter makes them too."""
+    if device == "cpu":
+        monkeypatch.setattr("hal_ops.attention.triton_prefill.keys_as_they_are", lambda *_: True)
+    request = request_of(**fields)
+    case = make_case(request, "prefill", device=device, scale=scale)
+    impl = prefill(request, device)
+    assert_right(case.check(impl))
+    found, right = case.call(impl)["out"].float(), case.expected()["out"].to(device).float()
+    # Large scores show the 14 bits in which sm_90 adds FP8 products.
+    assert float((found - right).norm() / right.norm()) < (4e-3 if device == "cpu" or scale == "normal" else 1e-2)
+
+
+def test_archs_that_multiply_fp8() -> None:
+    request = request_of(qkv_dtype="float8_e4m3fn", head_dim=128)
+    archs = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201", "")
+    found = [arch for arch in archs if keys_as_they_are(arch, request, 128, 0)]
+    assert found == ["sm_89", "sm_90", "sm_100", "sm_120", "gfx950", "gfx1201"]
+    fnuz = request.replace(qkv_dtype="float8_e4m3fnuz")
+    assert [arch for arch in archs if keys_as_they_are(arch, fnuz, 128, 0)] == ["gfx942"]
+    assert not keys_as_they_are("sm_90", request, 16, 0), "Triton multiplies 32 columns at least"
+    assert not keys_as_they_are("sm_90", request, 32, 16)
+    assert not keys_as_they_are("sm_90", request.replace(dtype="float32"), 128, 0)
+    assert not keys_as_they_are("sm_90", request.replace(qkv_dtype="float16"), 128, 0)
+    assert not keys_as_they_are("gfx950", request.replace(head_dim=256), 256, 0), "registers would be spilled"
 
 
 @pytest.mark.parametrize(

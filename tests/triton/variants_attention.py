@@ -15,6 +15,7 @@ from hal_ops.attention._triton_configs import (
     Config,
     Hopper,
     configs_of,
+    keys_as_they_are,
     padded_on,
 )
 from hal_ops.attention._triton_features import Features, cut, pack_heads
@@ -114,6 +115,7 @@ def _variant(
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
     }
+    known["KEYS_AS_THEY_ARE"] = keys_as_they_are(targets[0], request, known["CUT"], known["REST"])
     known["PACK"] = pack_heads(request.group_size, config.block_m)
     if isinstance(config, Hopper):
         known.update(PARTS=config.parts, COPY_REGISTERS=config.registers, TURNS=config.turns)

@@ -33,6 +33,7 @@ __all__ = [
     "config_of",
     "configs_of",
     "hopper_of",
+    "keys_as_they_are",
     "padded_on",
 ]
 
@@ -107,6 +108,22 @@ HOPPER_PREFILL = (
 )
 HOPPER_EXTEND = (Hopper(128, 128, 128, 2, 88), Hopper(192, 128, 128, 2, 88), Hopper(256, 256, 64, 2, 24))
 """Of two parts alone, so that the kernel for every arch can serve a plan too."""
+_OCP = ("float8_e4m3fn", "float8_e5m2")
+FP8_PRODUCTS: dict[str, tuple[tuple[str, ...], int]] = {
+    "sm_89": (_OCP, 256),
+    "sm_90": (_OCP, 256),
+    "sm_1[0-9]*": (_OCP, 256),
+    "gfx942": (("float8_e4m3fnuz", "float8_e5m2fnuz"), 256),
+    "gfx950": (_OCP, 128),
+    "gfx12*": (_OCP, 256),
+}
+"""Formats that matrix units multiply, by arch (a shell pattern), and the longest heads for which a prefill has them do so:
+on gfx950 registers would be spilled for longer ones.
+
+"PTX ISA", mma, wgmma, tcgen05; "AMD Instinct MI300 Instruction Set Architecture" and "CDNA4", MFMA; "RDNA4 Instruction Set
+Architecture", WMMA. Sums are float32, but on sm_90 keep 14 bits: that is off by less than weights are in 16 bits."""
+_FP8_COLUMNS = 32
+"""Fewest columns of such a product in Triton."""
 
 
 def configs_of(arch: str, *, wide: bool = False) -> tuple[Config, ...]:
@@ -136,6 +153,16 @@ def padded_on(arch: str, request: AttentionRequest, *, cached: bool) -> bool:
     right ones; keys of 16 bits were right in both forms.
     """
     return arch == "sm_90" and is_fp8(_read(request, cached))
+
+
+def keys_as_they_are(arch: str, request: AttentionRequest, *columns: int) -> bool:
+    """Whether a prefill multiplies FP8 q and k without converting them, in products of so many ``columns`` (0 is none).
+
+    Not for a float32 output, which is meant to be exact.
+    """
+    formats, longest = next((known for pattern, known in FP8_PRODUCTS.items() if fnmatchcase(arch, pattern)), ((), 0))
+    fits = request.head_dim <= longest and all(n == 0 or n >= _FP8_COLUMNS for n in columns)
+    return request.qkv_dtype in formats and request.dtype != "float32" and fits
 
 
 def _read(request: AttentionRequest, cached: bool) -> str:

@@ -98,12 +98,12 @@ def _fold_block(
     V_DIM: tl.constexpr, V_CUT: tl.constexpr, V_REST: tl.constexpr,
     BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
-    K_VECTOR: tl.constexpr, V_VECTOR: tl.constexpr,
+    K_VECTOR: tl.constexpr, V_VECTOR: tl.constexpr, FORMAT: tl.constexpr,
 ):  # fmt: skip
     """Folds the keys ``[start, start + BLOCK_N)`` into the running softmax; returns ``acc, rest, total, top``.
 
     ``scale`` is in base 2 if ``PLAIN`` (a positive scale and nothing else done to the scores), where it is multiplied
-    in together with the subtraction of ``top``; else see :func:`_bend`.
+    in together with the subtraction of ``top``; else see :func:`_bend`. Weights and values are multiplied in ``FORMAT``.
     """
     block = _load_keys(
         k, table, start, low, high, k_page_stride, k_stride, DIM, CUT, 0, BLOCK_N, PAGE_SIZE, MASKED, K_VECTOR
@@ -132,16 +132,16 @@ def _fold_block(
         p = tl.exp2(s - new_top[:, None])
     shrink = tl.exp2(top - new_top)
     total = total * shrink + tl.sum(p, 1)
-    p = p.to(q.dtype)
+    p = p.to(FORMAT)
     block = _load_keys(
         v, table, start, low, high, v_page_stride, v_stride, V_DIM, V_CUT, 0, BLOCK_N, PAGE_SIZE, MASKED, V_VECTOR
-    ).to(q.dtype)  # fmt: skip
+    ).to(FORMAT)  # fmt: skip
     acc = tl.dot(p, block, acc * shrink[:, None], input_precision=PRECISION)
     if V_REST > 0:
         block = _load_keys(
             v, table, start, low, high, v_page_stride, v_stride, V_DIM, V_REST, V_CUT, BLOCK_N, PAGE_SIZE, MASKED,
             V_VECTOR,
-        ).to(q.dtype)  # fmt: skip
+        ).to(FORMAT)  # fmt: skip
         rest = tl.dot(p, block, rest * shrink[:, None], input_precision=PRECISION)
     return acc, rest, total, new_top
 
@@ -192,7 +192,7 @@ def _attend(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
-    K_VECTOR: tl.constexpr, V_VECTOR: tl.constexpr,
+    K_VECTOR: tl.constexpr, V_VECTOR: tl.constexpr, FORMAT: tl.constexpr,
 ):  # fmt: skip
     """All blocks of keys that a tile sees: first those that all rows see, then the others, masked."""
     low, high, begin, whole, ragged, end = key_blocks(
@@ -205,7 +205,7 @@ def _attend(
             acc, rest, total, top, q, q_rest, k, v, table, block * BLOCK_N, low, high, position, left, right,
             scale, cap, slope, k_page_stride, k_stride, v_page_stride, v_stride, DIM, CUT, REST, V_DIM, V_CUT, V_REST,
             BLOCK_N, PAGE_SIZE, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, PLAIN, PRECISION, False,
-            K_VECTOR, V_VECTOR,
+            K_VECTOR, V_VECTOR, FORMAT,
         )  # fmt: skip
     for index in range(begin, end - (ragged - whole)):
         block = tl.where(index < whole, index, index + (ragged - whole))
@@ -213,7 +213,7 @@ def _attend(
             acc, rest, total, top, q, q_rest, k, v, table, block * BLOCK_N, low, high, position, left, right,
             scale, cap, slope, k_page_stride, k_stride, v_page_stride, v_stride, DIM, CUT, REST, V_DIM, V_CUT, V_REST,
             BLOCK_N, PAGE_SIZE, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, PLAIN, PRECISION, True,
-            K_VECTOR, V_VECTOR,
+            K_VECTOR, V_VECTOR, FORMAT,
         )  # fmt: skip
     return acc, rest, total, top
 
@@ -227,16 +227,19 @@ def tile(
     V_DIM: tl.constexpr, V_CUT: tl.constexpr, V_REST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     SINKS: tl.constexpr, PLAIN: tl.constexpr, LSE: tl.constexpr, PRECISION: tl.constexpr,
-    K_VECTOR: tl.constexpr = 0, V_VECTOR: tl.constexpr = 0,
+    K_VECTOR: tl.constexpr = 0, V_VECTOR: tl.constexpr = 0, KEYS_AS_THEY_ARE: tl.constexpr = False,
 ):  # fmt: skip
     """The tile whose first row is at ``q``, ``out`` and ``lse``: token ``token`` of its sequence, head ``head``.
 
-    Products are of the output's format, into which q, k and v are converted.
+    Products are of the output's format, into which q, k and v are converted. With ``KEYS_AS_THEY_ARE`` that of q and k is
+    of their own format, FP8, and the weights' and values' of float16: it holds every FP8 number, and is closer to a
+    weight than bfloat16 and one conversion nearer to FP8.
 
     ``k`` and ``v`` are at the first key of the kv head, or with ``PAGE_SIZE`` > 0 at the head's place in page 0. A
     ``VECTOR`` above 0 is what :func:`hal_ops._triton_columns.columns_at` takes.
     """
     TOKENS: tl.constexpr = BLOCK_M // PACK
+    FORMAT: tl.constexpr = tl.float16 if KEYS_AS_THEY_ARE else out.dtype.element_ty
     rows = tl.arange(0, BLOCK_M)
     tokens = token + rows // PACK
     valid = (tokens < q_len) & (rows < TOKENS * PACK)
@@ -245,14 +248,15 @@ def tile(
     queries_rest = queries
     if REST > 0:
         queries_rest = _load_rows(q, offsets, valid, DIM, REST, CUT)
-    queries, queries_rest = queries.to(out.dtype.element_ty), queries_rest.to(out.dtype.element_ty)
+    if not KEYS_AS_THEY_ARE:
+        queries, queries_rest = queries.to(FORMAT), queries_rest.to(FORMAT)
     top, total, slope = _start_rows(sinks, slopes, head + rows % PACK, SINKS, ALIBI, BLOCK_M)
     shift = kv_len - q_len
     acc, rest, total, top = _attend(
         queries, queries_rest, k, v, table, token + shift, tl.minimum(token + TOKENS, q_len) - 1 + shift, kv_len,
         tokens + shift, left, right, scale, cap, slope, top, total, k_page_stride, k_stride, v_page_stride, v_stride,
         DIM, CUT, REST, V_DIM, V_CUT, V_REST, BLOCK_M, BLOCK_N, PAGE_SIZE,
-        HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, PLAIN, PRECISION, K_VECTOR, V_VECTOR,
+        HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, PLAIN, PRECISION, K_VECTOR, V_VECTOR, FORMAT,
     )  # fmt: skip
     _finish(
         acc, rest, total, top, v_scale, out, lse, rows // PACK * out_stride + rows % PACK * out_head_stride,

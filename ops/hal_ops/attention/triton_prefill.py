@@ -2,8 +2,9 @@
 
 What :func:`prefill` honours: any heads and group sizes; head dims up to 256, equal or not; float16, bfloat16 and
 float32; q, k and v in an FP8 format that Triton converts on the arch, with scales a tensor or a head (products are of
-the output's format); causal or not, windows (blocks of keys outside of them cost nothing), softcap, sinks, ALiBi, any
-scale; LSE; sequences without queries or without keys. The result is the same bits each time. There is no backward.
+the output's format; where the arch multiplies FP8, that of q and k is of theirs); causal or not, windows (blocks of keys
+outside of them cost nothing), softcap, sinks, ALiBi, any scale; LSE; sequences without queries or without keys. The result
+is the same bits each time. There is no backward.
 
 On sm_90 with Triton 3.6 to 3.9 the kernel of :mod:`hal_ops.attention.triton_hopper` is launched for 16-bit formats and
 head dims that are sums of two powers of two, where strides are multiples of 16 elements; else the one here.
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from hal_ops._dtypes import torch_dtype
 from hal_ops._gpu import gpu_of
-from hal_ops.attention._triton_configs import Config, Hopper, config_of, hopper_of, padded_on
+from hal_ops.attention._triton_configs import Config, Hopper, config_of, hopper_of, keys_as_they_are, padded_on
 from hal_ops.attention._triton_features import Features, check
 from hal_ops.attention._triton_place import place
 from hal_ops.attention._triton_way import Way, gluon_works, key_of
@@ -55,7 +56,7 @@ def prefill_kernel(
     V_DIM: tl.constexpr, V_CUT: tl.constexpr, V_REST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     SINKS: tl.constexpr, PLAIN: tl.constexpr, LSE: tl.constexpr, PRECISION: tl.constexpr,
-    Q_SCALES: tl.constexpr, K_SCALES: tl.constexpr, V_SCALES: tl.constexpr,
+    Q_SCALES: tl.constexpr, K_SCALES: tl.constexpr, V_SCALES: tl.constexpr, KEYS_AS_THEY_ARE: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries, see :func:`hal_ops.attention._triton_place.place`. ``out`` and ``lse`` are contiguous.
 
@@ -86,7 +87,7 @@ def prefill_kernel(
         q, k, v, out, out, lse, sinks, slopes, head, token, q_len, kv_len, left, right, scale, cap, factor,
         q_stride, q_head_stride, 0, k_stride, 0, v_stride, out_stride, out_head_stride,
         HEADS, PACK, 0, DIM, CUT, REST, V_DIM, V_CUT, V_REST, BLOCK_M, BLOCK_N,
-        HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, SINKS, PLAIN, LSE, PRECISION,
+        HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, SINKS, PLAIN, LSE, PRECISION, 0, 0, KEYS_AS_THEY_ARE,
     )  # fmt: skip
 
 
@@ -112,6 +113,8 @@ class _Prefill:
         self.dtype = torch_dtype(request.dtype)
         self.gpu = gpu_of(device)
         self.features = Features.of(request, padded=padded_on(self.gpu.arch, request, cached=False))
+        constants = self.features.constants
+        constants["KEYS_AS_THEY_ARE"] = keys_as_they_are(self.gpu.arch, request, constants["CUT"], constants["REST"])
         if not configs:
             hopper = hopper_of(self.gpu.arch, request, cached=False) if gluon_works() else None
             configs = (*([hopper] if hopper else []), config_of(self.gpu.arch, request))
