@@ -12,9 +12,11 @@ from hal_ops.attention import AttentionRequest
 from hal_ops.attention._triton_configs import (
     HOPPER_EXTEND,
     HOPPER_PREFILL,
+    PAGE_COLUMNS,
     Config,
     Hopper,
     configs_of,
+    in_boxes,
     keys_as_they_are,
     padded_on,
 )
@@ -68,7 +70,7 @@ def _with_everything(config: Config, arch: str) -> Iterator[Variant]:
 
 def _request(dims: tuple[int, int], dtype: str, **fields: Any) -> AttentionRequest:
     return AttentionRequest(
-        num_q_heads=32, num_kv_heads=8, head_dim=dims[0], v_head_dim=dims[1], dtype=dtype, page_size=16, **fields
+        num_q_heads=32, num_kv_heads=8, head_dim=dims[0], v_head_dim=dims[1], dtype=dtype, **{"page_size": 16, **fields}
     )
 
 
@@ -88,9 +90,10 @@ def _extend(config: Config, dims: tuple[int, int], dtype: str, arch: str, **fiel
 
 
 def _hopper(phase: str, config: Hopper, dtype: str, page_size: int, **fields: Any) -> Variant:
-    request = _request((config.dim, config.v_dim), dtype, **fields)
-    tma = phase == "prefill" or page_size % config.block_n == 0
-    constants = {"RAGGED": True, "UNIT": 16, "PAGE_SIZE": page_size, "TMA": tma, "LSE": phase == "prefill"}
+    request = _request((config.dim, config.v_dim), dtype, page_size=page_size, **fields)
+    tma = phase == "prefill" or in_boxes(config, request)
+    constants = {"RAGGED": True, "UNIT": 16, "TMA": tma, "LSE": phase == "prefill"}
+    constants |= {"PAGE_SIZE": page_size} if phase == "extend" else {}
     label = f"{_label(request, 'sm_90', config)}{f', page {page_size}' * (phase == 'extend')}"
     return _variant(HOPPER_KERNELS[phase], label, config, request, constants, ("sm_90",))
 
@@ -118,7 +121,14 @@ def _variant(
     known["KEYS_AS_THEY_ARE"] = keys_as_they_are(targets[0], request, known["CUT"], known["REST"])
     known["PACK"] = pack_heads(request.group_size, config.block_m)
     if isinstance(config, Hopper):
-        known.update(PARTS=config.parts, COPY_REGISTERS=config.registers, TURNS=config.turns)
+        known.update(
+            PARTS=config.parts,
+            COPY_REGISTERS=config.registers,
+            TURNS=config.turns,
+            EARLY=config.early,
+            MERGED=config.merged,
+            SHORT=config.short,
+        )
         options = {"num_warps": 4, "maxnreg": 65536 // (128 * (config.parts + 1)) // 8 * 8}
     else:
         options = {"num_warps": config.warps, "num_stages": config.stages}
@@ -148,7 +158,7 @@ def _must_fit(request: AttentionRequest, arch: str) -> bool:
 
 def _type(name: str, config: Config | Hopper, request: AttentionRequest, constants: dict[str, Any]) -> str:
     if "_box" in name:
-        return _box(name, config, request, constants["TMA"])
+        return _box(name, config, request, constants)
     if name == "out":
         return f"*{TYPES[request.dtype]}"
     if name in ("q", "k", "v"):
@@ -160,15 +170,18 @@ def _type(name: str, config: Config | Hopper, request: AttentionRequest, constan
     return "fp32" if name in ("scale", "cap") else "i32"
 
 
-def _box(name: str, config: Config | Hopper, request: AttentionRequest, tma: bool) -> str:
+def _box(name: str, config: Config | Hopper, request: AttentionRequest, constants: dict[str, Any]) -> str:
     """A box of the copy engine, or a pointer where there is none."""
     width = cut(request.head_dim if name[0] == "k" else request.v_head_dim)[name.endswith("rest")]
+    size = constants.get("PAGE_SIZE", config.block_n)
+    block = [config.block_n, width]
+    if size % config.block_n:
+        block = [size, PAGE_COLUMNS * (not name.endswith("rest"))]
     element = TYPES[request.dtype]
-    if not tma or not width:
+    if not constants["TMA"] or not block[1]:
         return f"*{element}"
     from triton import language as tl
     from triton.experimental.gluon.language import NVMMASharedLayout
 
-    block = [config.block_n, width]
     layout = NVMMASharedLayout.get_default_for(block, {"bf16": tl.bfloat16, "fp16": tl.float16}[element])
     return f"tensordesc<{element}{block},{layout!r}>"

@@ -101,9 +101,43 @@ def _copy_block(
 
 
 @gluon.jit
+def _page_of(source, first, low, high, PAGE_SIZE: gl.constexpr):
+    return gl.load(source[1] + first // PAGE_SIZE, mask=(first >= low) & (first < high), other=0)
+
+
+@gluon.jit
+def _pages_of(source, start, low, high, BLOCK_N: gl.constexpr, PAGE_SIZE: gl.constexpr, PAGED: gl.constexpr):
+    """The pages of a block, 0 for those outside of ``[low, high)``; one number if blocks are not copied by pages."""
+    pages = (start,)
+    if PAGED:
+        pages = (_page_of(source, start, low, high, PAGE_SIZE),)
+        for index in gl.static_range(1, BLOCK_N // PAGE_SIZE):
+            page = _page_of(source, start + index * PAGE_SIZE, low, high, PAGE_SIZE)
+            pages += (page,)  # type: ignore[assignment]
+    return pages
+
+
+@gluon.jit
+def _copy_pages(buffer, slot, box, ready, pages, row, column, page_rows):
+    """Copies boxes of a page and 64 columns: such columns of all of a block's rows lie in one piece, 128 bytes a row."""
+    COUNT: gl.constexpr = buffer.shape[0]
+    SIZE: gl.constexpr = box.block_shape[0]
+    WIDTH: gl.constexpr = box.block_shape[1]
+    PAGES: gl.constexpr = buffer.shape[1] // SIZE
+    SIDES: gl.constexpr = buffer.shape[2] // WIDTH
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([SIZE, WIDTH], buffer.dtype)
+    boxes = buffer._reinterpret(buffer.dtype, [COUNT * SIDES * PAGES, SIZE, WIDTH], LAYOUT)
+    for page in gl.static_range(PAGES):
+        for side in gl.static_range(SIDES):
+            place = boxes.index((slot * SIDES + side) * PAGES + page)
+            _copy_box(box, [row + pages[page] * page_rows, column + side * WIDTH], ready, place)
+
+
+@gluon.jit
 def _fill(
-    buffers, slot, full, source, boxes, start, low, high, DIM: gl.constexpr, PAGE_SIZE: gl.constexpr, TMA: gl.constexpr
-):
+    buffers, slot, full, source, boxes, pages, start, low, high,
+    DIM: gl.constexpr, PAGE_SIZE: gl.constexpr, TMA: gl.constexpr, PAGED: gl.constexpr,
+):  # fmt: skip
     """Copies a block to the buffers of a slot; ``full`` is told when it is there.
 
     With ``TMA`` the copy engine takes the blocks that lie in ``[low, high)`` wholly; it cannot leave out single keys.
@@ -114,14 +148,19 @@ def _fill(
     if TMA:
         if (start >= low) & (start + BLOCK_N <= high):
             box, box_rest, row, column, page_rows = boxes
-            row += start
-            if PAGE_SIZE > 0:
-                page = gl.load(source[1] + start // PAGE_SIZE)
-                row += page * page_rows - start // PAGE_SIZE * PAGE_SIZE
             mbarrier.expect(ready, BLOCK_N * DIM * 2)
-            _copy_box(box, [row, column], ready, whole.index(slot))
-            if whole.shape[2] < DIM:
-                _copy_box(box_rest, [row, column + whole.shape[2]], ready, rest.index(slot))
+            if PAGED:
+                _copy_pages(whole, slot, box, ready, pages, row, column, page_rows)
+                if whole.shape[2] < DIM:
+                    _copy_pages(rest, slot, box, ready, pages, row, column + whole.shape[2], page_rows)
+            else:
+                row += start
+                if PAGE_SIZE > 0:
+                    page = gl.load(source[1] + start // PAGE_SIZE)
+                    row += page * page_rows - start // PAGE_SIZE * PAGE_SIZE
+                _copy_box(box, [row, column], ready, whole.index(slot))
+                if whole.shape[2] < DIM:
+                    _copy_box(box_rest, [row, column + whole.shape[2]], ready, rest.index(slot))
         else:
             _copy_block(buffers, slot, source, start, low, high, DIM, PAGE_SIZE)
             async_copy.commit_group()
@@ -136,11 +175,16 @@ def _fill(
 @gluon.jit
 def produce(
     copy, TOKENS: gl.constexpr, DIM: gl.constexpr, V_DIM: gl.constexpr, PAGE_SIZE: gl.constexpr, TMA: gl.constexpr,
-    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, MERGED: gl.constexpr,
 ):  # fmt: skip
-    """Copies the blocks' keys and values, each as soon as all consumers have done with what its buffer held."""
+    """Copies the blocks' keys and values, each as soon as all consumers have done with what its buffer held.
+
+    ``MERGED``: they say that of the keys of a block and the values of the one before at once, by ``v_empty``; of the first
+    keys as always.
+    """
     k_source, v_source, k_boxes, v_boxes, token, q_len, kv_len, left, right, keys, values, barriers = copy
     BLOCK_N: gl.constexpr = keys[0].shape[1]
+    PAGED: gl.constexpr = TMA and PAGE_SIZE > 0 and PAGE_SIZE % BLOCK_N != 0
     k_full, k_empty, v_full, v_empty = barriers
     shift = kv_len - q_len
     low, high, begin, whole, ragged, end = key_blocks(
@@ -148,13 +192,25 @@ def produce(
     )
     start = gl.maximum(end - 1, begin) * BLOCK_N
     count = gl.maximum(end - begin, 1)
-    _fill(keys, 0, k_full, k_source, k_boxes, start, low, high, DIM, PAGE_SIZE, TMA)
+    pages = _pages_of(k_source, start, low, high, BLOCK_N, PAGE_SIZE, PAGED)
+    _fill(keys, 0, k_full, k_source, k_boxes, pages, start, low, high, DIM, PAGE_SIZE, TMA, PAGED)
     for j in range(0, count):
-        if j + 1 < count:
-            after = j + 1
-            mbarrier.wait(k_empty.index(after & 1), ((after >> 1) & 1) ^ 1)
+        after = j + 1
+        next_start = start - after * BLOCK_N
+        next_pages = pages
+        if after < count:
+            next_pages = _pages_of(k_source, next_start, low, high, BLOCK_N, PAGE_SIZE, PAGED)
+            if MERGED:
+                mbarrier.wait(v_empty.index(j & 1), ((j >> 1) & 1) ^ 1)
+                if j == 1:
+                    mbarrier.wait(k_empty.index(0), 0)
+            else:
+                mbarrier.wait(k_empty.index(after & 1), ((after >> 1) & 1) ^ 1)
             _fill(
-                keys, after & 1, k_full, k_source, k_boxes, start - after * BLOCK_N, low, high, DIM, PAGE_SIZE, TMA
+                keys, after & 1, k_full, k_source, k_boxes, next_pages, next_start, low, high, DIM, PAGE_SIZE, TMA, PAGED
             )  # fmt: skip
         mbarrier.wait(v_empty.index(j & 1), ((j >> 1) & 1) ^ 1)
-        _fill(values, j & 1, v_full, v_source, v_boxes, start - j * BLOCK_N, low, high, V_DIM, PAGE_SIZE, TMA)
+        _fill(
+            values, j & 1, v_full, v_source, v_boxes, pages, start - j * BLOCK_N, low, high, V_DIM, PAGE_SIZE, TMA, PAGED
+        )  # fmt: skip
+        pages = next_pages

@@ -27,10 +27,40 @@ def product_layout(columns, warps):
 
 
 @gluon.jit
+def _halves(x):
+    """The first and the last half of the columns; a thread has some of either."""
+    return gl.split(gl.permute(gl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), [0, 2, 1]))
+
+
+@gluon.jit
+def _row_max(x, SHORT: gl.constexpr):
+    """Gluon's own is one chain through a thread's columns; ``SHORT`` takes a quarter of its length."""
+    ROWS: gl.constexpr = gl.SliceLayout(1, x.type.layout)
+    if SHORT:
+        low, high = _halves(x)
+        low, high = _halves(gl.maximum(low, high))
+        most = gl.convert_layout(gl.max(gl.maximum(low, high), 1), ROWS)
+    else:
+        most = gl.max(x, 1)
+    return most
+
+
+@gluon.jit
+def _row_sum(x, SHORT: gl.constexpr):
+    ROWS: gl.constexpr = gl.SliceLayout(1, x.type.layout)
+    if SHORT:
+        low, high = _halves(x)
+        total = gl.convert_layout(gl.sum(low + high, 1), ROWS)
+    else:
+        total = gl.sum(x, 1)
+    return total
+
+
+@gluon.jit
 def softmax(
     s, keys, position, high, left, right, scale, cap, slope, top, total,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, PLAIN: gl.constexpr,
-    MASKED: gl.constexpr,
+    MASKED: gl.constexpr, SHORT: gl.constexpr,
 ):  # fmt: skip
     """Weights of one block: ``p, shrink, total, top``; ``shrink`` is what earlier results are multiplied by."""
     if not PLAIN:
@@ -47,13 +77,13 @@ def softmax(
             seen = seen & (keys[None, :] >= position[:, None] - left)
         s = gl.where(seen, s, float("-inf"))
     if PLAIN:
-        new_top = gl.maximum(top, gl.max(s, 1) * scale)
+        new_top = gl.maximum(top, _row_max(s, SHORT) * scale)
         p = gl.exp2(s * scale - new_top[:, None])
     else:
-        new_top = gl.maximum(top, gl.max(s, 1))
+        new_top = gl.maximum(top, _row_max(s, SHORT))
         p = gl.exp2(s - new_top[:, None])
     shrink = gl.exp2(top - new_top)
-    return p, shrink, total * shrink + gl.sum(p, 1), new_top
+    return p, shrink, total * shrink + _row_sum(p, SHORT), new_top
 
 
 @gluon.jit
@@ -169,7 +199,8 @@ def fold_block(
     position, left, right, scale, cap, slope, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
     SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, PLAIN: gl.constexpr, MASKED: gl.constexpr,
     SPLIT: gl.constexpr, V_SPLIT: gl.constexpr, FENCE: gl.constexpr,
-    part: gl.constexpr, PARTS: gl.constexpr, TURNS: gl.constexpr,
+    part: gl.constexpr, PARTS: gl.constexpr, TURNS: gl.constexpr, EARLY: gl.constexpr,
+    MERGED: gl.constexpr, SHORT: gl.constexpr,
 ):  # fmt: skip
     """Block ``j``: multiplies the weights of block ``j - 1`` with its values, and makes the weights of this one."""
     k_full, k_empty, v_full, v_empty = barriers
@@ -180,22 +211,29 @@ def fold_block(
         hopper.fence_async_shared()
     wait_turn(turns, last, part, TURNS)
     s = multiply_keys(queries, keys, j & 1, SPLIT)
+    if TURNS == 3:
+        pass_turn(turns, part, PARTS, TURNS)
     acc, rest = multiply_values(p, acc, rest, values, last & 1, V_SPLIT)
-    pass_turn(turns, part, PARTS, TURNS)
+    if TURNS != 3:
+        pass_turn(turns, part, PARTS, TURNS)
     s = hopper.warpgroup_mma_wait(2 if V_SPLIT else 1, deps=(s,))
-    mbarrier.arrive(k_empty.index(j & 1))
+    if not MERGED:
+        mbarrier.arrive(k_empty.index(j & 1))
     columns = start + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, s.type.layout))
     p, shrink, total, top = softmax(
         s, columns, position, high, left, right, scale, cap, slope, top, total,
-        HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, PLAIN, MASKED,
+        HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, PLAIN, MASKED, SHORT,
     )  # fmt: skip
+    if EARLY:
+        weights = pack(p, values[0].dtype)
     # ptxas moves the wait for a product up to where the last one was issued, across any arithmetic, but not across a
     # branch; the one in this wait keeps the softmax beside the product.
     mbarrier.wait(v_full.index(j & 1), (j >> 1) & 1)
     acc, rest = wait_values(acc, rest, V_SPLIT)
     mbarrier.arrive(v_empty.index(last & 1))
-    p = pack(p, values[0].dtype)
+    if not EARLY:
+        weights = pack(p, values[0].dtype)
     acc = times(acc, shrink)
     if V_SPLIT:
         rest = times(rest, shrink)
-    return p, acc, rest, total, top
+    return weights, acc, rest, total, top

@@ -3,7 +3,8 @@
 Without turns the tensor cores work at the products of all groups at once, which end together; then all groups compute
 softmaxes and the tensor cores have nothing to do. In turns one group's softmax runs beside the products of the others.
 
-A turn is passed on by an mbarrier a group (``TURNS`` 1), or by one of the named barriers that Triton leaves alone (2).
+A turn is passed on by an mbarrier a group (``TURNS`` 1), or by one of the named barriers that Triton leaves alone (2; 3 if
+it is passed on already after the product with the keys).
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
@@ -46,7 +47,7 @@ def make_turns(PARTS: gl.constexpr, TURNS: gl.constexpr):
 @gluon.jit
 def start_turns(part: gl.constexpr, PARTS: gl.constexpr, TURNS: gl.constexpr):
     """Group 0 has the first turn; the last group gives it to it, as it does later."""
-    if TURNS == 2 and part == PARTS - 1:
+    if TURNS >= 2 and part == PARTS - 1:
         _named_barrier("bar.arrive", 0)
 
 
@@ -56,7 +57,7 @@ def wait_turn(turns, turn, part: gl.constexpr, TURNS: gl.constexpr):
     if TURNS == 1:
         # Of group 0 one turn fewer has been passed on: its first is nobody's gift.
         mbarrier.wait(turns.index(part), (turn & 1) ^ (1 if part == 0 else 0))
-    if TURNS == 2:
+    if TURNS >= 2:
         _named_barrier("bar.sync", part)
 
 
@@ -66,5 +67,5 @@ def pass_turn(turns, part: gl.constexpr, PARTS: gl.constexpr, TURNS: gl.constexp
     NEXT: gl.constexpr = (part + 1) % PARTS
     if TURNS == 1:
         mbarrier.arrive(turns.index(NEXT))
-    if TURNS == 2:
+    if TURNS >= 2:
         _named_barrier("bar.arrive", NEXT)

@@ -28,11 +28,13 @@ __all__ = [
     "HOPPER_EXTEND",
     "HOPPER_PREFILL",
     "Hopper",
+    "PAGE_COLUMNS",
     "TABLE",
     "WIDE",
     "config_of",
     "configs_of",
     "hopper_of",
+    "in_boxes",
     "keys_as_they_are",
     "padded_on",
 ]
@@ -55,6 +57,9 @@ class Hopper:
 
     ``parts`` groups of four warps take 64 rows each, one copies; its threads have ``registers``, the others the rest.
     ``turns``: how groups pass on their turn to multiply, see :mod:`hal_ops.attention._hopper_turns`; 0 for no turns.
+    ``early``: weights are rounded before the product of the block before is waited for. ``paged``: the copy engine
+    copies pages that are shorter than a block. ``merged``: buffers of keys and values are given back together. ``short``:
+    maxima and sums of a row are made in shorter chains.
     """
 
     dim: int
@@ -63,6 +68,10 @@ class Hopper:
     parts: int
     registers: int
     turns: int = 0
+    early: bool = False
+    paged: bool = False
+    merged: bool = False
+    short: bool = False
 
     @property
     def block_m(self) -> int:
@@ -122,6 +131,8 @@ on gfx950 registers would be spilled for longer ones.
 
 "PTX ISA", mma, wgmma, tcgen05; "AMD Instinct MI300 Instruction Set Architecture" and "CDNA4", MFMA; "RDNA4 Instruction Set
 Architecture", WMMA. Sums are float32, but on sm_90 keep 14 bits: that is off by less than weights are in 16 bits."""
+PAGE_COLUMNS = 64
+"""Of a box of a page: 128 bytes, what lies in one piece in shared memory."""
 _FP8_COLUMNS = 32
 """Fewest columns of such a product in Triton."""
 
@@ -177,3 +188,12 @@ def hopper_of(arch: str, request: AttentionRequest, *, cached: bool) -> Hopper |
         return None
     table = HOPPER_EXTEND if cached else HOPPER_PREFILL
     return next((c for c in table if dims[0] <= c.dim and dims[1] <= c.v_dim), None)
+
+
+def in_boxes(config: Hopper, request: AttentionRequest) -> bool:
+    """Whether the copy engine copies pages of a cache: a page holds whole blocks, or a block whole pages."""
+    size = int(request.page_size)
+    if size % config.block_n == 0:
+        return True
+    columns = (*cut(request.head_dim), *cut(request.v_head_dim))
+    return config.paged and config.block_n % size == 0 and not any(n % PAGE_COLUMNS for n in columns)

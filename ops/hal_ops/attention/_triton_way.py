@@ -66,7 +66,9 @@ class Way:
         self._extra = extra
         self._known = {**features.constants, "PACK": self.pack, "BLOCK_M": self.block_m, "BLOCK_N": self.block_n}
         if isinstance(config, Hopper):
-            self._known.update(PARTS=config.parts, COPY_REGISTERS=config.registers, TURNS=config.turns)
+            self._known.update(
+                PARTS=config.parts, COPY_REGISTERS=config.registers, TURNS=config.turns, EARLY=config.early
+            )
             options = {"num_warps": 4, "maxnreg": _REGISTERS // (128 * (config.parts + 1)) // 8 * 8}
         else:
             options = {"num_warps": config.warps, "num_stages": config.stages}

@@ -24,7 +24,7 @@ from torch import Tensor
 from hal_ops._gpu import gpu_of
 from hal_ops._triton_columns import vectors
 from hal_ops.attention import masks
-from hal_ops.attention._triton_configs import Config, Hopper, config_of, hopper_of, padded_on
+from hal_ops.attention._triton_configs import Config, Hopper, config_of, hopper_of, in_boxes, padded_on
 from hal_ops.attention._triton_features import Features, check
 from hal_ops.attention._triton_place import place_tile
 from hal_ops.attention._triton_way import Way, gluon_works, key_of, no_boxes
@@ -134,12 +134,15 @@ class _Extend:
             warps = config.warps if block_m >= 64 else 4
             config = dataclasses.replace(config, block_m=block_m, warps=warps)
             return Way(extend_kernel, config, self.features, self.gpu, self._constants, short=block_m < 64)
-        from hal_ops.attention._triton_boxes import boxes_of
+        from hal_ops.attention._triton_boxes import boxes_of, page_boxes_of
         from hal_ops.attention.triton_hopper import hopper_extend
 
-        if block_m != config.block_m or int(self.request.page_size) % 16:
+        size = int(self.request.page_size)
+        if block_m != config.block_m or size % 16:
             return None
-        boxes = boxes_of if int(self.request.page_size) % config.block_n == 0 else no_boxes
+        boxes = no_boxes
+        if in_boxes(config, self.request):
+            boxes = boxes_of if size % config.block_n == 0 else page_boxes_of
         return Way(hopper_extend, config, self.features, self.gpu, self._constants, boxes=boxes)
 
     def plan(self, step: Step) -> Tiles:
@@ -235,6 +238,6 @@ class _Extend:
         return_lse, k_scales, v_scales, *_ = call
         size = int(self.request.page_size)
         hopper = next((config for config in self.configs if isinstance(config, Hopper)), None)
-        boxes = hopper is not None and size % hopper.block_n == 0
+        boxes = hopper is not None and in_boxes(hopper, self.request)
         scales = {"K_SCALES": k_scales, "V_SCALES": v_scales}
         return {"LSE": return_lse, "PAGE_SIZE": size, "TMA": boxes, **scales, **self.vectors}

@@ -46,7 +46,7 @@ def _consume(
     HEADS: gl.constexpr, PACK: gl.constexpr, TOKENS: gl.constexpr, DIM: gl.constexpr, V_DIM: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
     SINKS: gl.constexpr, PLAIN: gl.constexpr, LSE: gl.constexpr, FENCE: gl.constexpr,
-    PARTS: gl.constexpr, TURNS: gl.constexpr,
+    PARTS: gl.constexpr, TURNS: gl.constexpr, EARLY: gl.constexpr, MERGED: gl.constexpr, SHORT: gl.constexpr,
 ):  # fmt: skip
     """A part of a tile: rows ``64 * part`` to ``64 * part + 63``."""
     place, rules, outputs, queries, keys, values, barriers, turns = tile
@@ -93,7 +93,7 @@ def _consume(
     columns = start + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, LAYOUT))
     p, shrink, total, top = softmax(
         s, columns, position, high, left, right, scale, cap, slope, top, total,
-        HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, PLAIN, True,
+        HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, PLAIN, True, SHORT,
     )  # fmt: skip
     p = pack(p, values[0].dtype)
     mbarrier.wait(v_full.index(0), 0)
@@ -102,20 +102,20 @@ def _consume(
         p, acc, rest, total, top = fold_block(
             j, (end - 1 - j) * BLOCK_N, p, acc, rest, total, top, queries, keys, values, barriers, turns, high,
             position, left, right, scale, cap, slope, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, PLAIN, True,
-            SPLIT, V_SPLIT, FENCE, part, PARTS, TURNS,
+            SPLIT, V_SPLIT, FENCE, part, PARTS, TURNS, EARLY, MERGED, SHORT,
         )  # fmt: skip
     for j in range(gl.maximum(end - ragged, 1), end - whole):
         p, acc, rest, total, top = fold_block(
             j, (end - 1 - j) * BLOCK_N, p, acc, rest, total, top, queries, keys, values, barriers, turns, high,
             position, left, right, scale, cap, slope, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, PLAIN, False,
-            SPLIT, V_SPLIT, FENCE, part, PARTS, TURNS,
+            SPLIT, V_SPLIT, FENCE, part, PARTS, TURNS, EARLY, MERGED, SHORT,
         )  # fmt: skip
     if HAS_LEFT:
         for j in range(gl.maximum(end - whole, 1), end - begin):
             p, acc, rest, total, top = fold_block(
                 j, (end - 1 - j) * BLOCK_N, p, acc, rest, total, top, queries, keys, values, barriers, turns, high,
                 position, left, right, scale, cap, slope, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, PLAIN, True,
-                SPLIT, V_SPLIT, FENCE, part, PARTS, TURNS,
+                SPLIT, V_SPLIT, FENCE, part, PARTS, TURNS, EARLY, MERGED, SHORT,
             )  # fmt: skip
     last = gl.maximum(end - begin, 1) - 1
     hopper.fence_async_shared()
@@ -142,7 +142,7 @@ def _tile(
     V_DIM: gl.constexpr, V_CUT: gl.constexpr, V_REST: gl.constexpr, BLOCK_N: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
     SINKS: gl.constexpr, PLAIN: gl.constexpr, LSE: gl.constexpr, PARTS: gl.constexpr, COPY_REGISTERS: gl.constexpr,
-    TURNS: gl.constexpr,
+    TURNS: gl.constexpr, EARLY: gl.constexpr, MERGED: gl.constexpr, SHORT: gl.constexpr,
 ):  # fmt: skip
     """The tile of ``64 * PARTS`` rows whose first, ``token`` of ``head``, is at ``q``, ``out`` and ``lse``."""
     TOKENS: gl.constexpr = 64 * PARTS // PACK
@@ -172,10 +172,10 @@ def _tile(
         gl.warp_specialize(
             [
                 (_consume, (0, tile, HEADS, PACK, TOKENS, DIM, V_DIM, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, SINKS, PLAIN,
-                            LSE, not TMA, PARTS, TURNS)),
+                            LSE, not TMA, PARTS, TURNS, EARLY, MERGED, SHORT)),
                 (_consume, (1, tile, HEADS, PACK, TOKENS, DIM, V_DIM, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, SINKS, PLAIN,
-                            LSE, not TMA, PARTS, TURNS)),
-                (produce, (copy, TOKENS, DIM, V_DIM, PAGE_SIZE, TMA, HAS_LEFT, HAS_RIGHT)),
+                            LSE, not TMA, PARTS, TURNS, EARLY, MERGED, SHORT)),
+                (produce, (copy, TOKENS, DIM, V_DIM, PAGE_SIZE, TMA, HAS_LEFT, HAS_RIGHT, MERGED)),
             ],
             [4, 4], [(504 - COPY_REGISTERS) // 2, COPY_REGISTERS],
         )  # fmt: skip
@@ -183,12 +183,12 @@ def _tile(
         gl.warp_specialize(
             [
                 (_consume, (0, tile, HEADS, PACK, TOKENS, DIM, V_DIM, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, SINKS, PLAIN,
-                            LSE, not TMA, PARTS, TURNS)),
+                            LSE, not TMA, PARTS, TURNS, EARLY, MERGED, SHORT)),
                 (_consume, (1, tile, HEADS, PACK, TOKENS, DIM, V_DIM, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, SINKS, PLAIN,
-                            LSE, not TMA, PARTS, TURNS)),
+                            LSE, not TMA, PARTS, TURNS, EARLY, MERGED, SHORT)),
                 (_consume, (2, tile, HEADS, PACK, TOKENS, DIM, V_DIM, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, SINKS, PLAIN,
-                            LSE, not TMA, PARTS, TURNS)),
-                (produce, (copy, TOKENS, DIM, V_DIM, PAGE_SIZE, TMA, HAS_LEFT, HAS_RIGHT)),
+                            LSE, not TMA, PARTS, TURNS, EARLY, MERGED, SHORT)),
+                (produce, (copy, TOKENS, DIM, V_DIM, PAGE_SIZE, TMA, HAS_LEFT, HAS_RIGHT, MERGED)),
             ],
             [4, 4, 4], [(512 - COPY_REGISTERS) // 3, (512 - COPY_REGISTERS) // 3, COPY_REGISTERS],
         )  # fmt: skip
@@ -214,7 +214,7 @@ def hopper_prefill(
     V_DIM: gl.constexpr, V_CUT: gl.constexpr, V_REST: gl.constexpr, BLOCK_N: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
     SINKS: gl.constexpr, PLAIN: gl.constexpr, LSE: gl.constexpr, PARTS: gl.constexpr, COPY_REGISTERS: gl.constexpr,
-    TURNS: gl.constexpr,
+    TURNS: gl.constexpr, EARLY: gl.constexpr, MERGED: gl.constexpr, SHORT: gl.constexpr,
 ):  # fmt: skip
     """The same as :func:`hal_ops.attention.triton_prefill.prefill_kernel`, without scales, which are None."""
     row, head, token, q_start, k_start, out_start, q_len, kv_len = place(
@@ -239,7 +239,7 @@ def hopper_prefill(
         out, lse, sinks, slopes, head, token, q_len, kv_len, left, right, scale, cap,
         q_stride, q_head_stride, out_stride, out_head_stride,
         HEADS, PACK, 0, True, DIM, CUT, REST, V_DIM, V_CUT, V_REST, BLOCK_N,
-        HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, SINKS, PLAIN, LSE, PARTS, COPY_REGISTERS, TURNS,
+        HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, SINKS, PLAIN, LSE, PARTS, COPY_REGISTERS, TURNS, EARLY, MERGED, SHORT,
     )  # fmt: skip
 
 
@@ -261,7 +261,7 @@ def hopper_extend(
     V_DIM: gl.constexpr, V_CUT: gl.constexpr, V_REST: gl.constexpr, BLOCK_N: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
     SINKS: gl.constexpr, PLAIN: gl.constexpr, LSE: gl.constexpr, PARTS: gl.constexpr, COPY_REGISTERS: gl.constexpr,
-    TURNS: gl.constexpr,
+    TURNS: gl.constexpr, EARLY: gl.constexpr, MERGED: gl.constexpr, SHORT: gl.constexpr,
 ):  # fmt: skip
     """The same as :func:`hal_ops.attention.triton_extend.extend_kernel`, without FP8."""
     row, head, token, q_start, q_len, kv_len = place_tile(tiles, cu_q, kv_lens, HEADS // PACK, PACK)
@@ -280,5 +280,5 @@ def hopper_extend(
         out, lse, sinks, slopes, head, token, q_len, kv_len, left, right, scale, cap,
         q_stride, q_head_stride, out_stride, out_head_stride,
         HEADS, PACK, PAGE_SIZE, TMA, DIM, CUT, REST, V_DIM, V_CUT, V_REST, BLOCK_N,
-        HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, SINKS, PLAIN, LSE, PARTS, COPY_REGISTERS, TURNS,
+        HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, SINKS, PLAIN, LSE, PARTS, COPY_REGISTERS, TURNS, EARLY, MERGED, SHORT,
     )  # fmt: skip
