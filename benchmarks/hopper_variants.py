@@ -1,6 +1,6 @@
 """Variants of the prefill and extend kernels on sm_90, side by side with the tiles of the table and with flash-attn 3.
 
-``python benchmarks/hopper_variants.py --seconds 240 --json out.json``; ``--only P1,V0`` cases, ``--variants "base;24"``.
+``python benchmarks/hopper_variants.py --seconds 240 --json out.json``; ``--only P1,V0`` cases, ``--variants "base;2, 40"``.
 
 Each variant has a process of its own, which compiles first (all at once, on all cores), waits for its turn and then goes
 through the cases, each beside the base and flash-attn 3 in turns. One that hangs or dies is ended, its case says so, and
@@ -12,6 +12,7 @@ Columns of a table: the base's time over the variant's, and flash-attn 3's over 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import queue
@@ -23,6 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 
@@ -33,10 +35,10 @@ from sides import MissingError, Side, runs_of
 from timing import Call, Clock, reason_of
 
 import hal
-from hal_ops import _launch
+from hal_ops._launch import Launch
+from hal_ops.attention import triton_prefill
 from hal_ops.attention._triton_configs import Config, Hopper, config_of, hopper_of
 from hal_ops.attention.triton_extend import extend
-from hal_ops.attention.triton_prefill import prefill
 
 Row = dict[str, Any]
 
@@ -49,39 +51,71 @@ WORST = 2e-2
 
 
 class Variant(NamedTuple):
-    """``changes``: fields of the case's configuration that are not as in the table. ``dims``: its heads; () for all."""
+    """A configuration: ``changes`` are the fields that are not as in the table, or it is ``whole``.
+
+    ``cases``: ids that it is for. ``converted``: FP8 q and k are multiplied in 16 bits.
+    """
 
     changes: dict[str, Any]
-    dims: tuple[int, ...] = ()
+    cases: tuple[str, ...]
+    whole: Hopper | None = None
+    converted: bool = False
 
     def config(self, case: Case) -> Config | Hopper | None:
         """None where the variant is not one for the case."""
-        request, cached = case.request(), bool(case.page)
-        base = hopper_of("sm_90", request, cached=cached) or config_of("sm_90", request)
-        if self.dims and base.dim not in self.dims:
+        if case.id not in self.cases:
             return None
-        fields = {field.name for field in dataclasses.fields(base)}
-        return dataclasses.replace(base, **self.changes) if self.changes.keys() <= fields else None
+        request, cached = case.request(), bool(case.page)
+        table = hopper_of("sm_90", request, cached=cached) or config_of("sm_90", request)
+        return dataclasses.replace(self.whole or table, **self.changes)
 
 
+def _of_128(**changes: Any) -> Variant:
+    return Variant({"turns": 2, "registers": 40, **changes}, ("P1", "P2", "P12", "V128"))
+
+
+_FP8 = Hopper(128, 128, 128, 2, 88)
 VARIANTS = {
-    "base": Variant({}),
-    "turns 1": Variant({"turns": 1}),
-    "turns 2": Variant({"turns": 2}),
-    "24": Variant({"registers": 24}, (128, 192)),
-    "turns 2, 24": Variant({"turns": 2, "registers": 24}, (128, 192)),
-    "turns 2, 40": Variant({"turns": 2, "registers": 40}, (64, 128, 192, 256)),
-    "turns 2, 56": Variant({"turns": 2, "registers": 56}, (64, 128, 192)),
-    "turns 2, 3 parts of 64": Variant({"turns": 2, "parts": 3, "block_n": 64, "registers": 32}, (128,)),
-    "turns 2, 2 parts": Variant({"turns": 2, "parts": 2, "registers": 88}, (64,)),
+    "pages, 2, 40": Variant({"turns": 2, "registers": 40, "paged": True}, ("V0",)),
+    "2, 40, merged, short": _of_128(merged=True, short=True),
+    "fp8 hopper": Variant({}, ("P7",), _FP8),
+    "fp8 hopper, 2": Variant({"turns": 2}, ("P7",), _FP8),
+    "2, 40": _of_128(),
+    "64 merged, short": Variant({"merged": True, "short": True}, ("P3",)),
+    "2, 40, short": _of_128(short=True),
+    "2, 40, merged": _of_128(merged=True),
+    "2, 40, early": _of_128(early=True),
+    "2, 40, merged, short, early": _of_128(merged=True, short=True, early=True),
+    "pages, 24": Variant({"registers": 24, "paged": True}, ("V0",)),
+    "pages, 2, 40, merged, short": Variant(
+        {"turns": 2, "registers": 40, "paged": True, "merged": True, "short": True}, ("V0",)
+    ),
+    "fp8 converted": Variant({}, ("P7",), converted=True),
+    "fp8 hopper, 2, merged, short": Variant({"turns": 2, "merged": True, "short": True}, ("P7",), _FP8),
+    "fp8 hopper, 2, 104": Variant({"turns": 2, "registers": 104}, ("P7",), _FP8),
+    "3, 40": _of_128(turns=3),
+    "2, 32": _of_128(registers=32),
+    "2, 48": _of_128(registers=48),
+    "40, merged, short": _of_128(turns=0, merged=True, short=True),
+    "64 short": Variant({"short": True}, ("P3",)),
+    "64 short, early": Variant({"short": True, "early": True}, ("P3",)),
+    "64 2, merged, short": Variant({"turns": 2, "merged": True, "short": True}, ("P3",)),
+    "merged, short": Variant({"merged": True, "short": True}, ("P10", "P4")),
+    "2, merged, short": Variant({"turns": 2, "merged": True, "short": True}, ("P10", "P4")),
+    "fp8 64 keys": Variant({"block_n": 64}, ("P7",)),
+    "base": Variant({}, tuple(KNOWN)),
 }
+"""Numbers: how groups take turns, registers of the copying group."""
 
 
-def calls_of(case: Case, inputs: Inputs, config: Config | Hopper) -> list[Call]:
+def calls_of(case: Case, inputs: Inputs, variant: Variant) -> list[Call]:
     """One a set of inputs."""
-    request = case.request()
+    request, config = case.request(), variant.config(case)
+    assert config is not None
     if not case.page:
-        run: Any = prefill(request, inputs.device, configs=(config,))
+        no = mock.patch.object(triton_prefill, "keys_as_they_are", lambda *_: False)
+        with no if variant.converted else contextlib.nullcontext():
+            run: Any = triton_prefill.prefill(request, inputs.device, configs=(config,))
         return [lambda three=three: run(*three) for three in inputs.sets]  # type: ignore[misc]
     handle = hal.get_attentions([request], device=inputs.device, kernel="triton")[0]
     q_lens, kv_lens = zip(*case.lengths, strict=True)
@@ -91,7 +125,7 @@ def calls_of(case: Case, inputs: Inputs, config: Config | Hopper) -> list[Call]:
     return [lambda three=three: paged(*three, step, payload, **inputs.kwargs) for three in inputs.sets]  # type: ignore[misc]
 
 
-def compile_only(case: Case, config: Config | Hopper) -> None:
+def compile_only(case: Case, variant: Variant) -> None:
     """Leaves what the case needs in Triton's cache, and launches nothing."""
 
     def first(self: Any, programs: int, key: Any, arguments: tuple[Any, ...]) -> None:
@@ -99,26 +133,18 @@ def compile_only(case: Case, config: Config | Hopper) -> None:
         self._kernel.warmup(*arguments, *constants, grid=(programs,), **self._options)
 
     small = dataclasses.replace(case, lengths=((256, 256),))
-    before = _launch.Launch._first
-    _launch.Launch._first = first  # type: ignore[method-assign]
-    try:
-        calls_of(small, Inputs.of(small, "cuda"), config)[0]()
-    finally:
-        _launch.Launch._first = before  # type: ignore[method-assign]
+    with mock.patch.object(Launch, "_first", first):
+        calls_of(small, Inputs.of(small, "cuda"), variant)[0]()
 
 
 def measure(case: Case, variant: Variant, clock: Clock) -> Row:
-    config = variant.config(case)
-    assert config is not None
     inputs = Inputs.of(case, "cuda")
-    base = VARIANTS["base"].config(case)
-    assert base is not None
-    sides = {"base": calls_of(case, inputs, base), "variant": calls_of(case, inputs, config)}
+    sides = {"base": calls_of(case, inputs, VARIANTS["base"]), "variant": calls_of(case, inputs, variant)}
     right = sides["base"][0]()
     found = [sides["variant"][0]() for _ in range(3)]
     apart = float((found[0].float() - right.float()).norm() / right.float().norm())
     row: Row = {
-        "config": str(config), "error": inputs.judge(found[0]), "from base": apart,
+        "config": str(variant.config(case)), "error": inputs.judge(found[0]), "from base": apart,
         "same bits": all(torch.equal(found[0], other) for other in found[1:]),
     }  # fmt: skip
     del found, right
@@ -139,7 +165,7 @@ def child(name: str, ids: Sequence[str]) -> None:
     refused = {}
     for case in (KNOWN[i] for i in ids):
         try:
-            compile_only(case, variant.config(case))  # type: ignore[arg-type]
+            compile_only(case, variant)
         except Exception as error:
             refused[case.id] = reason_of(error)
     print("ready", flush=True)

@@ -93,7 +93,9 @@ def _hopper(phase: str, config: Hopper, dtype: str, page_size: int, **fields: An
     request = _request((config.dim, config.v_dim), dtype, page_size=page_size, **fields)
     tma = phase == "prefill" or in_boxes(config, request)
     constants = {"RAGGED": True, "UNIT": 16, "TMA": tma, "LSE": phase == "prefill"}
-    constants |= {"PAGE_SIZE": page_size} if phase == "extend" else {}
+    scales = 0 if request.qkv_dtype == dtype else 1
+    known = ("Q_SCALES", "K_SCALES", "V_SCALES")
+    constants |= {"PAGE_SIZE": page_size} if phase == "extend" else dict.fromkeys(known, scales)
     label = f"{_label(request, 'sm_90', config)}{f', page {page_size}' * (phase == 'extend')}"
     return _variant(HOPPER_KERNELS[phase], label, config, request, constants, ("sm_90",))
 
@@ -177,11 +179,12 @@ def _box(name: str, config: Config | Hopper, request: AttentionRequest, constant
     block = [config.block_n, width]
     if size % config.block_n:
         block = [size, PAGE_COLUMNS * (not name.endswith("rest"))]
-    element = TYPES[request.dtype]
+    element = TYPES[request.dtype if "PAGE_SIZE" in constants else request.qkv_dtype]
     if not constants["TMA"] or not block[1]:
         return f"*{element}"
     from triton import language as tl
     from triton.experimental.gluon.language import NVMMASharedLayout
 
-    layout = NVMMASharedLayout.get_default_for(block, {"bf16": tl.bfloat16, "fp16": tl.float16}[element])
+    types = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp8e4nv": tl.float8e4nv, "fp8e5": tl.float8e5}
+    layout = NVMMASharedLayout.get_default_for(block, types[element])
     return f"tensordesc<{element}{block},{layout!r}>"

@@ -20,16 +20,17 @@ _copy_box = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 
 @gluon.constexpr_function
-def rows_layout(columns, warps):
+def rows_layout(columns, warps, dtype):
     """Threads along the columns, 16 bytes each; rows across warps."""
-    threads = min(columns // 8, 32)
-    return gl.BlockedLayout([1, 8], [32 // threads, threads], [warps, 1], [1, 0])
+    width = 128 // dtype.primitive_bitwidth
+    threads = min(columns // width, 32)
+    return gl.BlockedLayout([1, width], [32 // threads, threads], [warps, 1], [1, 0])
 
 
 @gluon.constexpr_function
-def _rows_at_once(columns, rows):
+def _rows_at_once(columns, rows, dtype):
     """Rows that one instruction of a warpgroup copies, at least 16."""
-    return min(rows, max(16, 128 // min(columns // 8, 32)))
+    return min(rows, max(16, 128 // min(columns * dtype.primitive_bitwidth // 128, 32)))
 
 
 @gluon.jit
@@ -64,8 +65,8 @@ def _copy_part(buffer, source, start, low, high, DIM: gl.constexpr, FIRST: gl.co
     base, table, page_stride, stride = source
     BLOCK_N: gl.constexpr = buffer.shape[0]
     BLOCK: gl.constexpr = buffer.shape[1]
-    ROWS: gl.constexpr = _rows_at_once(BLOCK, BLOCK_N)
-    LAYOUT: gl.constexpr = rows_layout(BLOCK, 4)
+    ROWS: gl.constexpr = _rows_at_once(BLOCK, BLOCK_N, buffer.dtype)
+    LAYOUT: gl.constexpr = rows_layout(BLOCK, 4, buffer.dtype)
     rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
     columns = FIRST + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, LAYOUT))
     for part in gl.static_range(BLOCK_N // ROWS):
@@ -148,7 +149,7 @@ def _fill(
     if TMA:
         if (start >= low) & (start + BLOCK_N <= high):
             box, box_rest, row, column, page_rows = boxes
-            mbarrier.expect(ready, BLOCK_N * DIM * 2)
+            mbarrier.expect(ready, BLOCK_N * DIM * (whole.dtype.primitive_bitwidth // 8))
             if PAGED:
                 _copy_pages(whole, slot, box, ready, pages, row, column, page_rows)
                 if whole.shape[2] < DIM:
@@ -173,6 +174,18 @@ def _fill(
 
 
 @gluon.jit
+def _widen(raw, values, slot):
+    """Converts values of FP8 to those that are multiplied, a few rows at a time."""
+    BLOCK_N: gl.constexpr = raw.shape[1]
+    ROWS: gl.constexpr = min(BLOCK_N, 4096 // raw.shape[2])
+    LAYOUT: gl.constexpr = rows_layout(raw.shape[2], 4, raw.dtype)
+    source, target = raw.index(slot), values.index(slot)
+    for part in gl.static_range(BLOCK_N // ROWS):
+        x = source.slice(part * ROWS, ROWS).load(LAYOUT)
+        target.slice(part * ROWS, ROWS).store(x.to(values.dtype))
+
+
+@gluon.jit
 def produce(
     copy, TOKENS: gl.constexpr, DIM: gl.constexpr, V_DIM: gl.constexpr, PAGE_SIZE: gl.constexpr, TMA: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, MERGED: gl.constexpr,
@@ -182,7 +195,10 @@ def produce(
     ``MERGED``: they say that of the keys of a block and the values of the one before at once, by ``v_empty``; of the first
     keys as always.
     """
-    k_source, v_source, k_boxes, v_boxes, token, q_len, kv_len, left, right, keys, values, barriers = copy
+    k_source, v_source, k_boxes, v_boxes, token, q_len, kv_len, left, right, keys, values, barriers, raw, raw_full = (
+        copy
+    )
+    FP8: gl.constexpr = raw[0].dtype != values[0].dtype
     BLOCK_N: gl.constexpr = keys[0].shape[1]
     PAGED: gl.constexpr = TMA and PAGE_SIZE > 0 and PAGE_SIZE % BLOCK_N != 0
     k_full, k_empty, v_full, v_empty = barriers
@@ -194,6 +210,8 @@ def produce(
     count = gl.maximum(end - begin, 1)
     pages = _pages_of(k_source, start, low, high, BLOCK_N, PAGE_SIZE, PAGED)
     _fill(keys, 0, k_full, k_source, k_boxes, pages, start, low, high, DIM, PAGE_SIZE, TMA, PAGED)
+    if FP8:
+        _fill(raw, 0, raw_full, v_source, v_boxes, pages, start, low, high, V_DIM, PAGE_SIZE, TMA, PAGED)
     for j in range(0, count):
         after = j + 1
         next_start = start - after * BLOCK_N
@@ -209,8 +227,20 @@ def produce(
             _fill(
                 keys, after & 1, k_full, k_source, k_boxes, next_pages, next_start, low, high, DIM, PAGE_SIZE, TMA, PAGED
             )  # fmt: skip
+            if FP8:
+                _fill(
+                    raw, after & 1, raw_full, v_source, v_boxes, next_pages, next_start, low, high, V_DIM, PAGE_SIZE, TMA,
+                    PAGED,
+                )  # fmt: skip
         mbarrier.wait(v_empty.index(j & 1), ((j >> 1) & 1) ^ 1)
-        _fill(
-            values, j & 1, v_full, v_source, v_boxes, pages, start - j * BLOCK_N, low, high, V_DIM, PAGE_SIZE, TMA, PAGED
-        )  # fmt: skip
+        if FP8:
+            mbarrier.wait(raw_full.index(j & 1), (j >> 1) & 1)
+            _widen(raw[0], values[0], j & 1)
+            hopper.fence_async_shared()
+            mbarrier.arrive(v_full.index(j & 1))
+        else:
+            _fill(
+                values, j & 1, v_full, v_source, v_boxes, pages, start - j * BLOCK_N, low, high, V_DIM, PAGE_SIZE, TMA,
+                PAGED,
+            )  # fmt: skip
         pages = next_pages

@@ -22,8 +22,9 @@ _barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
 @gluon.constexpr_function
-def product_layout(columns, warps):
-    return gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, columns, 16])
+def product_layout(columns, warps, dtype):
+    """Of a product of two operands of ``dtype``, which has 32 bytes of each row in an instruction."""
+    return gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, columns, 256 // dtype.primitive_bitwidth])
 
 
 @gluon.jit
@@ -121,7 +122,7 @@ def multiply_keys(queries, keys, slot, SPLIT: gl.constexpr):
     k, k_rest = keys
     BLOCK_M: gl.constexpr = q.shape[0]
     BLOCK_N: gl.constexpr = k.shape[1]
-    none = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, layout=product_layout(BLOCK_N, 4))
+    none = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, layout=product_layout(BLOCK_N, 4, q.dtype))
     s = hopper.warpgroup_mma(q, k.index(slot).permute((1, 0)), none, use_acc=False, is_async=True)
     if SPLIT:
         s = hopper.warpgroup_mma(q_rest, k_rest.index(slot).permute((1, 0)), s, is_async=True)
@@ -132,12 +133,12 @@ def multiply_keys(queries, keys, slot, SPLIT: gl.constexpr):
 def multiply_values(p, acc, rest, values, slot, SPLIT: gl.constexpr):
     """Issues p v of one buffer."""
     v, v_rest = values
-    LAYOUT: gl.constexpr = product_layout(v.shape[2], 4)
+    LAYOUT: gl.constexpr = product_layout(v.shape[2], 4, v.dtype)
     p = _unpack(p, v.dtype)
     weights = gl.convert_layout(p, gl.DotOperandLayout(0, LAYOUT, 2))
     acc = hopper.warpgroup_mma(weights, v.index(slot), acc, is_async=True)
     if SPLIT:
-        REST_LAYOUT: gl.constexpr = product_layout(v_rest.shape[2], 4)
+        REST_LAYOUT: gl.constexpr = product_layout(v_rest.shape[2], 4, v.dtype)
         weights_rest = gl.convert_layout(p, gl.DotOperandLayout(0, REST_LAYOUT, 2))
         rest = hopper.warpgroup_mma(weights_rest, v_rest.index(slot), rest, is_async=True)
     return acc, rest
@@ -161,7 +162,7 @@ def times(x, factor):
 @gluon.jit
 def _load_part(base, offsets, valid, buffer, DIM: gl.constexpr, FIRST: gl.constexpr):
     BLOCK: gl.constexpr = buffer.shape[1]
-    LAYOUT: gl.constexpr = rows_layout(BLOCK, 4)
+    LAYOUT: gl.constexpr = rows_layout(BLOCK, 4, buffer.dtype)
     rows = gl.convert_layout(offsets, gl.SliceLayout(1, LAYOUT))
     inside = gl.convert_layout(valid, gl.SliceLayout(1, LAYOUT))
     columns = FIRST + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, LAYOUT))
@@ -185,7 +186,7 @@ def load_queries(base, offsets, valid, buffers, slot, DIM: gl.constexpr):
 
 @gluon.jit
 def store_rows(base, offsets, valid, x, DIM: gl.constexpr, BLOCK: gl.constexpr, FIRST: gl.constexpr):
-    LAYOUT: gl.constexpr = rows_layout(BLOCK, 4)
+    LAYOUT: gl.constexpr = rows_layout(BLOCK, 4, base.dtype.element_ty)
     x = gl.convert_layout(x.to(base.dtype.element_ty), LAYOUT)
     rows = gl.convert_layout(offsets, gl.SliceLayout(1, LAYOUT))
     inside = gl.convert_layout(valid, gl.SliceLayout(1, LAYOUT))

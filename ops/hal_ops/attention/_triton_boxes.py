@@ -19,7 +19,12 @@ __all__ = ["boxes_of", "page_boxes_of"]
 
 _UNIT = 16
 """Strides have to be multiples of this many elements, so that Triton knows that rows are aligned."""
-_FORMATS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_FORMATS = {
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float8_e4m3fn: tl.float8e4nv,
+    torch.float8_e5m2: tl.float8e5,
+}
 
 
 @dataclasses.dataclass(frozen=True)

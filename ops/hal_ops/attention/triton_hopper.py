@@ -51,14 +51,14 @@ def _consume(
     """A part of a tile: rows ``64 * part`` to ``64 * part + 63``."""
     place, rules, outputs, queries, keys, values, barriers, turns = tile
     BLOCK_N: gl.constexpr = keys[0].shape[1]
-    LAYOUT: gl.constexpr = product_layout(BLOCK_N, 4)
+    LAYOUT: gl.constexpr = product_layout(BLOCK_N, 4, keys[0].dtype)
     ROWS: gl.constexpr = gl.SliceLayout(1, LAYOUT)
     SPLIT: gl.constexpr = DIM > keys[0].shape[2]
     V_SPLIT: gl.constexpr = V_DIM > values[0].shape[2]
     k_full, k_empty, v_full, v_empty = barriers
     q, q_stride, q_head_stride, head, token, q_len, kv_len = place
     sinks, slopes, left, right, scale, cap = rules
-    out, out_stride, out_head_stride, lse = outputs
+    out, out_stride, out_head_stride, lse, v_scale = outputs
     rows = part * 64 + gl.arange(0, 64, layout=ROWS)
     tokens = token + rows // PACK
     valid = (tokens < q_len) & (rows < TOKENS * PACK)
@@ -79,11 +79,11 @@ def _consume(
     if ALIBI:
         slope = gl.load(slopes + head + rows % PACK) * LOG2E
     V_CUT: gl.constexpr = values[0].shape[2]
-    acc = gl.zeros([64, V_CUT], gl.float32, layout=product_layout(V_CUT, 4))
+    acc = gl.zeros([64, V_CUT], gl.float32, layout=product_layout(V_CUT, 4, values[0].dtype))
     rest = acc
     if V_SPLIT:
         V_REST: gl.constexpr = values[1].shape[2]
-        rest = gl.zeros([64, V_REST], gl.float32, layout=product_layout(V_REST, 4))
+        rest = gl.zeros([64, V_REST], gl.float32, layout=product_layout(V_REST, 4, values[0].dtype))
 
     start = gl.maximum(end - 1, begin) * BLOCK_N
     mbarrier.wait(k_full.index(0), 0)
@@ -123,7 +123,7 @@ def _consume(
     acc, rest = wait_values(acc, rest, V_SPLIT)
 
     nothing = total == 0.0
-    factor = 1.0 / gl.where(nothing, 1.0, total)
+    factor = v_scale / gl.where(nothing, 1.0, total)
     offsets = rows // PACK * out_stride + rows % PACK * out_head_stride
     store_rows(out, offsets, valid, times(acc, factor), V_DIM, V_CUT, 0)
     if V_SPLIT:
@@ -136,7 +136,7 @@ def _consume(
 @gluon.jit
 def _tile(
     q, k_source, v_source, k_boxes, v_boxes, out, lse, sinks, slopes, head, token, q_len, kv_len,
-    left, right, scale, cap, q_stride, q_head_stride, out_stride, out_head_stride,
+    left, right, scale, cap, v_scale, q_stride, q_head_stride, out_stride, out_head_stride,
     HEADS: gl.constexpr, PACK: gl.constexpr, PAGE_SIZE: gl.constexpr, TMA: gl.constexpr,
     DIM: gl.constexpr, CUT: gl.constexpr, REST: gl.constexpr,
     V_DIM: gl.constexpr, V_CUT: gl.constexpr, V_REST: gl.constexpr, BLOCK_N: gl.constexpr,
@@ -147,9 +147,10 @@ def _tile(
     """The tile of ``64 * PARTS`` rows whose first, ``token`` of ``head``, is at ``q``, ``out`` and ``lse``."""
     TOKENS: gl.constexpr = 64 * PARTS // PACK
     dtype: gl.constexpr = q.dtype.element_ty
+    FP8: gl.constexpr = dtype.primitive_bitwidth == 8
     queries = pair_of_buffers(dtype, PARTS, 64, CUT, REST)
     keys = pair_of_buffers(dtype, 2, BLOCK_N, CUT, REST)
-    values = pair_of_buffers(dtype, 2, BLOCK_N, V_CUT, V_REST)
+    values = pair_of_buffers(gl.float16 if FP8 else dtype, 2, BLOCK_N, V_CUT, V_REST)
     ARRIVALS: gl.constexpr = 1 if TMA else 128
     barriers = (
         pair_of_barriers(ARRIVALS),
@@ -157,6 +158,10 @@ def _tile(
         pair_of_barriers(ARRIVALS),
         pair_of_barriers(PARTS),
     )
+    raw, raw_full = values, barriers[2]
+    if FP8:
+        gl.static_assert(V_REST == 0, "FP8 values are converted in one part")
+        raw, raw_full = pair_of_buffers(dtype, 2, BLOCK_N, V_CUT, 0), pair_of_barriers(1)
     if not SINKS:
         sinks = lse
     if not ALIBI:
@@ -164,10 +169,12 @@ def _tile(
     tile = (
         (q, q_stride, q_head_stride, head, token, q_len, kv_len),
         (sinks, slopes, left, right, scale, cap),
-        (out, out_stride, out_head_stride, lse),
+        (out, out_stride, out_head_stride, lse, v_scale),
         queries, keys, values, barriers, make_turns(PARTS, TURNS),
     )  # fmt: skip
-    copy = (k_source, v_source, k_boxes, v_boxes, token, q_len, kv_len, left, right, keys, values, barriers)
+    copy = (
+        k_source, v_source, k_boxes, v_boxes, token, q_len, kv_len, left, right, keys, values, barriers, raw, raw_full
+    )  # fmt: skip
     if PARTS == 2:
         gl.warp_specialize(
             [
@@ -200,7 +207,7 @@ def _tile(
         "batch", "q_len", "kv_len", "blocks", "section", "left", "right",
         "q_batch_units", "k_batch_units", "v_batch_units",
     ],
-    do_not_specialize_on_alignment=["sinks", "slopes", "cu_q", "cu_k"],
+    do_not_specialize_on_alignment=["sinks", "slopes", "q_scale", "k_scale", "v_scale", "cu_q", "cu_k"],
 )  # fmt: skip
 def hopper_prefill(
     k_box, k_box_rest, k_batch_rows, k_head_rows, k_head_columns,
@@ -215,8 +222,9 @@ def hopper_prefill(
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
     SINKS: gl.constexpr, PLAIN: gl.constexpr, LSE: gl.constexpr, PARTS: gl.constexpr, COPY_REGISTERS: gl.constexpr,
     TURNS: gl.constexpr, EARLY: gl.constexpr, MERGED: gl.constexpr, SHORT: gl.constexpr,
+    Q_SCALES: gl.constexpr, K_SCALES: gl.constexpr, V_SCALES: gl.constexpr,
 ):  # fmt: skip
-    """The same as :func:`hal_ops.attention.triton_prefill.prefill_kernel`, without scales, which are None."""
+    """The same as :func:`hal_ops.attention.triton_prefill.prefill_kernel`."""
     row, head, token, q_start, k_start, out_start, q_len, kv_len = place(
         cu_q, cu_k, batch, q_len, kv_len, blocks, section, HEADS // PACK, PACK, 64 * PARTS // PACK, RAGGED
     )
@@ -230,13 +238,20 @@ def hopper_prefill(
     v += (head // GROUP).to(gl.int64) * v_head_stride
     out += (out_start + token).to(gl.int64) * out_stride + head * out_head_stride
     lse += (out_start + token).to(gl.int64) * HEADS + head
+    if Q_SCALES > 0:
+        scale *= gl.load(q_scale + (head // GROUP if Q_SCALES > 1 else 0))
+    if K_SCALES > 0:
+        scale *= gl.load(k_scale + (head // GROUP if K_SCALES > 1 else 0))
+    factor = 1.0
+    if V_SCALES > 0:
+        factor = gl.load(v_scale + (head // GROUP if V_SCALES > 1 else 0))
     k_row = row * k_batch_rows + head // GROUP * k_head_rows + k_start
     v_row = row * v_batch_rows + head // GROUP * v_head_rows + k_start
     _tile(
         q, (k, lse, 0, k_stride), (v, lse, 0, v_stride),
         (k_box, k_box_rest, k_row, head // GROUP * k_head_columns, 0),
         (v_box, v_box_rest, v_row, head // GROUP * v_head_columns, 0),
-        out, lse, sinks, slopes, head, token, q_len, kv_len, left, right, scale, cap,
+        out, lse, sinks, slopes, head, token, q_len, kv_len, left, right, scale, cap, factor,
         q_stride, q_head_stride, out_stride, out_head_stride,
         HEADS, PACK, 0, True, DIM, CUT, REST, V_DIM, V_CUT, V_REST, BLOCK_N,
         HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, SINKS, PLAIN, LSE, PARTS, COPY_REGISTERS, TURNS, EARLY, MERGED, SHORT,
@@ -277,7 +292,7 @@ def hopper_extend(
         q, (k, table, k_page_stride, k_stride), (v, table, v_page_stride, v_stride),
         (k_box, k_box_rest, head // GROUP * k_head_rows, head // GROUP * k_head_columns, k_page_rows),
         (v_box, v_box_rest, head // GROUP * v_head_rows, head // GROUP * v_head_columns, v_page_rows),
-        out, lse, sinks, slopes, head, token, q_len, kv_len, left, right, scale, cap,
+        out, lse, sinks, slopes, head, token, q_len, kv_len, left, right, scale, cap, 1.0,
         q_stride, q_head_stride, out_stride, out_head_stride,
         HEADS, PACK, PAGE_SIZE, TMA, DIM, CUT, REST, V_DIM, V_CUT, V_REST, BLOCK_N,
         HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, SINKS, PLAIN, LSE, PARTS, COPY_REGISTERS, TURNS, EARLY, MERGED, SHORT,
