@@ -94,9 +94,10 @@ VARIANTS = {
     "fp8 hopper, 2, merged, short": Variant({"turns": 2, "merged": True, "short": True}, ("P7",), _FP8),
     "fp8 hopper, 2, 104": Variant({"turns": 2, "registers": 104}, ("P7",), _FP8),
     "3, 40": _of_128(turns=3),
-    "2, 32": _of_128(registers=32),
-    "2, 48": _of_128(registers=48),
+    "2, 24, merged, short": _of_128(registers=24, merged=True, short=True),
     "40, merged, short": _of_128(turns=0, merged=True, short=True),
+    "64 2 tiles": Variant({}, ("P3",), Hopper(64, 64, 64, 2, 24, tiles=2)),
+    "64 2 tiles, short, merged": Variant({"short": True, "merged": True}, ("P3",), Hopper(64, 64, 64, 2, 24, tiles=2)),
     "64 short": Variant({"short": True}, ("P3",)),
     "64 short, early": Variant({"short": True, "early": True}, ("P3",)),
     "64 2, merged, short": Variant({"turns": 2, "merged": True, "short": True}, ("P3",)),
@@ -113,7 +114,7 @@ def calls_of(case: Case, inputs: Inputs, variant: Variant) -> list[Call]:
     request, config = case.request(), variant.config(case)
     assert config is not None
     if not case.page:
-        no = mock.patch.object(triton_prefill, "keys_as_they_are", lambda *_: False)
+        no = mock.patch.object(triton_prefill, "keys_as_they_are", return_value=False)
         with no if variant.converted else contextlib.nullcontext():
             run: Any = triton_prefill.prefill(request, inputs.device, configs=(config,))
         return [lambda three=three: run(*three) for three in inputs.sets]  # type: ignore[misc]

@@ -123,15 +123,8 @@ def _variant(
     known["KEYS_AS_THEY_ARE"] = keys_as_they_are(targets[0], request, known["CUT"], known["REST"])
     known["PACK"] = pack_heads(request.group_size, config.block_m)
     if isinstance(config, Hopper):
-        known.update(
-            PARTS=config.parts,
-            COPY_REGISTERS=config.registers,
-            TURNS=config.turns,
-            EARLY=config.early,
-            MERGED=config.merged,
-            SHORT=config.short,
-        )
-        options = {"num_warps": 4, "maxnreg": 65536 // (128 * (config.parts + 1)) // 8 * 8}
+        known.update(config.constants)
+        options = {"num_warps": 4, "maxnreg": config.most_registers}
     else:
         options = {"num_warps": config.warps, "num_stages": config.stages}
     absent = {

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 from fnmatch import fnmatchcase
+from typing import Any
 
 from hal_ops._dtypes import is_fp8
 from hal_ops.attention._triton_features import cut
@@ -40,6 +41,10 @@ __all__ = [
 ]
 
 
+_REGISTERS = 65536
+"""Of a Hopper multiprocessor."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Tiles of ``block_m`` rows and ``block_n`` keys, for heads of up to ``dim`` elements."""
@@ -59,7 +64,7 @@ class Hopper:
     ``turns``: how groups pass on their turn to multiply, see :mod:`hal_ops.attention._hopper_turns`; 0 for no turns.
     ``early``: weights are rounded before the product of the block before is waited for. ``paged``: the copy engine
     copies pages that are shorter than a block. ``merged``: buffers of keys and values are given back together. ``short``:
-    maxima and sums of a row are made in shorter chains.
+    maxima and sums of a row are made in shorter chains. ``tiles``: how many a multiprocessor holds.
     """
 
     dim: int
@@ -72,11 +77,26 @@ class Hopper:
     paged: bool = False
     merged: bool = False
     short: bool = False
+    tiles: int = 1
 
     @property
     def block_m(self) -> int:
         """Rows of a tile."""
         return 64 * self.parts
+
+    @property
+    def most_registers(self) -> int:
+        """Of a thread, before groups of warps share them out."""
+        return _REGISTERS // (128 * (self.parts + 1) * self.tiles) // 8 * 8
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """The kernel's parameters of these names."""
+        registers = (self.most_registers * (self.parts + 1) - self.registers) // self.parts
+        return {
+            "PARTS": self.parts, "REGISTERS": registers, "COPY_REGISTERS": self.registers, "TURNS": self.turns,
+            "EARLY": self.early, "MERGED": self.merged, "SHORT": self.short,
+        }  # fmt: skip
 
 
 _ROOMY = (Config(64, 128, 64, 4, 3), Config(128, 128, 128, 8, 3), Config(256, 128, 64, 8, 2))

@@ -22,10 +22,6 @@ _GLUON = ((3, 6), (3, 10))
 """Versions of Triton from and before which the Gluon kernels compile; Gluon's names change between versions."""
 
 
-_REGISTERS = 65536
-"""Of a Hopper multiprocessor; one tile takes them all."""
-
-
 def gluon_works() -> bool:
     """Whether this Triton compiles the kernels in :mod:`hal_ops.attention.triton_hopper`."""
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
@@ -66,10 +62,8 @@ class Way:
         self._extra = extra
         self._known = {**features.constants, "PACK": self.pack, "BLOCK_M": self.block_m, "BLOCK_N": self.block_n}
         if isinstance(config, Hopper):
-            self._known.update(
-                PARTS=config.parts, COPY_REGISTERS=config.registers, TURNS=config.turns, EARLY=config.early
-            )
-            options = {"num_warps": 4, "maxnreg": _REGISTERS // (128 * (config.parts + 1)) // 8 * 8}
+            self._known.update(config.constants)
+            options = {"num_warps": 4, "maxnreg": config.most_registers}
         else:
             options = {"num_warps": config.warps, "num_stages": config.stages}
         # Triton 3.10 no longer contracts multiplications and additions unless told to.

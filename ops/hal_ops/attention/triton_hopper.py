@@ -141,8 +141,8 @@ def _tile(
     DIM: gl.constexpr, CUT: gl.constexpr, REST: gl.constexpr,
     V_DIM: gl.constexpr, V_CUT: gl.constexpr, V_REST: gl.constexpr, BLOCK_N: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
-    SINKS: gl.constexpr, PLAIN: gl.constexpr, LSE: gl.constexpr, PARTS: gl.constexpr, COPY_REGISTERS: gl.constexpr,
-    TURNS: gl.constexpr, EARLY: gl.constexpr, MERGED: gl.constexpr, SHORT: gl.constexpr,
+    SINKS: gl.constexpr, PLAIN: gl.constexpr, LSE: gl.constexpr, PARTS: gl.constexpr, REGISTERS: gl.constexpr,
+    COPY_REGISTERS: gl.constexpr, TURNS: gl.constexpr, EARLY: gl.constexpr, MERGED: gl.constexpr, SHORT: gl.constexpr,
 ):  # fmt: skip
     """The tile of ``64 * PARTS`` rows whose first, ``token`` of ``head``, is at ``q``, ``out`` and ``lse``."""
     TOKENS: gl.constexpr = 64 * PARTS // PACK
@@ -184,7 +184,7 @@ def _tile(
                             LSE, not TMA, PARTS, TURNS, EARLY, MERGED, SHORT)),
                 (produce, (copy, TOKENS, DIM, V_DIM, PAGE_SIZE, TMA, HAS_LEFT, HAS_RIGHT, MERGED)),
             ],
-            [4, 4], [(504 - COPY_REGISTERS) // 2, COPY_REGISTERS],
+            [4, 4], [REGISTERS, COPY_REGISTERS],
         )  # fmt: skip
     else:
         gl.warp_specialize(
@@ -197,7 +197,7 @@ def _tile(
                             LSE, not TMA, PARTS, TURNS, EARLY, MERGED, SHORT)),
                 (produce, (copy, TOKENS, DIM, V_DIM, PAGE_SIZE, TMA, HAS_LEFT, HAS_RIGHT, MERGED)),
             ],
-            [4, 4, 4], [(512 - COPY_REGISTERS) // 3, (512 - COPY_REGISTERS) // 3, COPY_REGISTERS],
+            [4, 4, 4], [REGISTERS, REGISTERS, COPY_REGISTERS],
         )  # fmt: skip
 
 
@@ -220,8 +220,8 @@ def hopper_prefill(
     DIM: gl.constexpr, CUT: gl.constexpr, REST: gl.constexpr,
     V_DIM: gl.constexpr, V_CUT: gl.constexpr, V_REST: gl.constexpr, BLOCK_N: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
-    SINKS: gl.constexpr, PLAIN: gl.constexpr, LSE: gl.constexpr, PARTS: gl.constexpr, COPY_REGISTERS: gl.constexpr,
-    TURNS: gl.constexpr, EARLY: gl.constexpr, MERGED: gl.constexpr, SHORT: gl.constexpr,
+    SINKS: gl.constexpr, PLAIN: gl.constexpr, LSE: gl.constexpr, PARTS: gl.constexpr, REGISTERS: gl.constexpr,
+    COPY_REGISTERS: gl.constexpr, TURNS: gl.constexpr, EARLY: gl.constexpr, MERGED: gl.constexpr, SHORT: gl.constexpr,
     Q_SCALES: gl.constexpr, K_SCALES: gl.constexpr, V_SCALES: gl.constexpr,
 ):  # fmt: skip
     """The same as :func:`hal_ops.attention.triton_prefill.prefill_kernel`."""
@@ -254,7 +254,8 @@ def hopper_prefill(
         out, lse, sinks, slopes, head, token, q_len, kv_len, left, right, scale, cap, factor,
         q_stride, q_head_stride, out_stride, out_head_stride,
         HEADS, PACK, 0, True, DIM, CUT, REST, V_DIM, V_CUT, V_REST, BLOCK_N,
-        HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, SINKS, PLAIN, LSE, PARTS, COPY_REGISTERS, TURNS, EARLY, MERGED, SHORT,
+        HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, SINKS, PLAIN, LSE, PARTS, REGISTERS, COPY_REGISTERS,
+        TURNS, EARLY, MERGED, SHORT,
     )  # fmt: skip
 
 
@@ -275,8 +276,8 @@ def hopper_extend(
     DIM: gl.constexpr, CUT: gl.constexpr, REST: gl.constexpr,
     V_DIM: gl.constexpr, V_CUT: gl.constexpr, V_REST: gl.constexpr, BLOCK_N: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
-    SINKS: gl.constexpr, PLAIN: gl.constexpr, LSE: gl.constexpr, PARTS: gl.constexpr, COPY_REGISTERS: gl.constexpr,
-    TURNS: gl.constexpr, EARLY: gl.constexpr, MERGED: gl.constexpr, SHORT: gl.constexpr,
+    SINKS: gl.constexpr, PLAIN: gl.constexpr, LSE: gl.constexpr, PARTS: gl.constexpr, REGISTERS: gl.constexpr,
+    COPY_REGISTERS: gl.constexpr, TURNS: gl.constexpr, EARLY: gl.constexpr, MERGED: gl.constexpr, SHORT: gl.constexpr,
 ):  # fmt: skip
     """The same as :func:`hal_ops.attention.triton_extend.extend_kernel`, without FP8."""
     row, head, token, q_start, q_len, kv_len = place_tile(tiles, cu_q, kv_lens, HEADS // PACK, PACK)
@@ -295,5 +296,6 @@ def hopper_extend(
         out, lse, sinks, slopes, head, token, q_len, kv_len, left, right, scale, cap, 1.0,
         q_stride, q_head_stride, out_stride, out_head_stride,
         HEADS, PACK, PAGE_SIZE, TMA, DIM, CUT, REST, V_DIM, V_CUT, V_REST, BLOCK_N,
-        HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, SINKS, PLAIN, LSE, PARTS, COPY_REGISTERS, TURNS, EARLY, MERGED, SHORT,
+        HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, SINKS, PLAIN, LSE, PARTS, REGISTERS, COPY_REGISTERS,
+        TURNS, EARLY, MERGED, SHORT,
     )  # fmt: skip
