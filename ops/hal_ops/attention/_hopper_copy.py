@@ -16,6 +16,7 @@ __all__ = ["pair_of_barriers", "pair_of_buffers", "produce", "rows_layout"]
 
 # Triton 3.9 calls both async_load.
 _copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+_REINTERPRETS = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 _copy_box = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 
@@ -127,7 +128,10 @@ def _copy_pages(buffer, slot, box, ready, pages, row, column, page_rows):
     PAGES: gl.constexpr = buffer.shape[1] // SIZE
     SIDES: gl.constexpr = buffer.shape[2] // WIDTH
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([SIZE, WIDTH], buffer.dtype)
-    boxes = buffer._reinterpret(buffer.dtype, [COUNT * SIDES * PAGES, SIZE, WIDTH], LAYOUT)
+    if _REINTERPRETS:
+        boxes = buffer.reinterpret(buffer.dtype, [COUNT * SIDES * PAGES, SIZE, WIDTH], LAYOUT)
+    else:
+        boxes = buffer._reinterpret(buffer.dtype, [COUNT * SIDES * PAGES, SIZE, WIDTH], LAYOUT)
     for page in gl.static_range(PAGES):
         for side in gl.static_range(SIDES):
             place = boxes.index((slot * SIDES + side) * PAGES + page)
