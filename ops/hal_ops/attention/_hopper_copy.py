@@ -192,13 +192,9 @@ def _widen(raw, values, slot):
 @gluon.jit
 def produce(
     copy, TOKENS: gl.constexpr, DIM: gl.constexpr, V_DIM: gl.constexpr, PAGE_SIZE: gl.constexpr, TMA: gl.constexpr,
-    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, MERGED: gl.constexpr,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
-    """Copies the blocks' keys and values, each as soon as all consumers have done with what its buffer held.
-
-    ``MERGED``: they say that of the keys of a block and the values of the one before at once, by ``v_empty``; of the first
-    keys as always.
-    """
+    """Copies the blocks' keys and values, each as soon as all consumers have done with what its buffer held."""
     k_source, v_source, k_boxes, v_boxes, token, q_len, kv_len, left, right, keys, values, barriers, raw, raw_full = (
         copy
     )
@@ -222,12 +218,7 @@ def produce(
         next_pages = pages
         if after < count:
             next_pages = _pages_of(k_source, next_start, low, high, BLOCK_N, PAGE_SIZE, PAGED)
-            if MERGED:
-                mbarrier.wait(v_empty.index(j & 1), ((j >> 1) & 1) ^ 1)
-                if j == 1:
-                    mbarrier.wait(k_empty.index(0), 0)
-            else:
-                mbarrier.wait(k_empty.index(after & 1), ((after >> 1) & 1) ^ 1)
+            mbarrier.wait(k_empty.index(after & 1), ((after >> 1) & 1) ^ 1)
             _fill(
                 keys, after & 1, k_full, k_source, k_boxes, next_pages, next_start, low, high, DIM, PAGE_SIZE, TMA, PAGED
             )  # fmt: skip

@@ -196,12 +196,11 @@ def store_rows(base, offsets, valid, x, DIM: gl.constexpr, BLOCK: gl.constexpr, 
 
 @gluon.jit
 def fold_block(
-    j, start, p, acc, rest, total, top, queries, keys, values, barriers, turns, high,
+    j, start, p, acc, rest, total, top, queries, keys, values, barriers, high,
     position, left, right, scale, cap, slope, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
     SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, PLAIN: gl.constexpr, MASKED: gl.constexpr,
     SPLIT: gl.constexpr, V_SPLIT: gl.constexpr, FENCE: gl.constexpr,
-    part: gl.constexpr, PARTS: gl.constexpr, TURNS: gl.constexpr, EARLY: gl.constexpr,
-    MERGED: gl.constexpr, SHORT: gl.constexpr,
+    part: gl.constexpr, PARTS: gl.constexpr, TURNS: gl.constexpr, SHORT: gl.constexpr,
 ):  # fmt: skip
     """Block ``j``: multiplies the weights of block ``j - 1`` with its values, and makes the weights of this one."""
     k_full, k_empty, v_full, v_empty = barriers
@@ -210,31 +209,24 @@ def fold_block(
     mbarrier.wait(k_full.index(j & 1), (j >> 1) & 1)
     if FENCE:
         hopper.fence_async_shared()
-    wait_turn(turns, last, part, TURNS)
+    wait_turn(part, TURNS)
     s = multiply_keys(queries, keys, j & 1, SPLIT)
-    if TURNS == 3:
-        pass_turn(turns, part, PARTS, TURNS)
     acc, rest = multiply_values(p, acc, rest, values, last & 1, V_SPLIT)
-    if TURNS != 3:
-        pass_turn(turns, part, PARTS, TURNS)
+    pass_turn(part, PARTS, TURNS)
     s = hopper.warpgroup_mma_wait(2 if V_SPLIT else 1, deps=(s,))
-    if not MERGED:
-        mbarrier.arrive(k_empty.index(j & 1))
+    mbarrier.arrive(k_empty.index(j & 1))
     columns = start + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, s.type.layout))
     p, shrink, total, top = softmax(
         s, columns, position, high, left, right, scale, cap, slope, top, total,
         HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, PLAIN, MASKED, SHORT,
     )  # fmt: skip
-    if EARLY:
-        weights = pack(p, values[0].dtype)
     # ptxas moves the wait for a product up to where the last one was issued, across any arithmetic, but not across a
     # branch; the one in this wait keeps the softmax beside the product.
     mbarrier.wait(v_full.index(j & 1), (j >> 1) & 1)
     acc, rest = wait_values(acc, rest, V_SPLIT)
     mbarrier.arrive(v_empty.index(last & 1))
-    if not EARLY:
-        weights = pack(p, values[0].dtype)
+    p = pack(p, values[0].dtype)
     acc = times(acc, shrink)
     if V_SPLIT:
         rest = times(rest, shrink)
-    return weights, acc, rest, total, top
+    return p, acc, rest, total, top

@@ -27,7 +27,9 @@ __all__ = [
     "Config",
     "DEFAULT",
     "HOPPER_EXTEND",
+    "HOPPER_FP8",
     "HOPPER_PREFILL",
+    "HOPPER_ROWS",
     "Hopper",
     "PAGE_COLUMNS",
     "TABLE",
@@ -61,10 +63,11 @@ class Hopper:
     """Tiles of ``block_n`` keys in :mod:`hal_ops.attention.triton_hopper`, for heads of up to ``dim`` and ``v_dim``.
 
     ``parts`` groups of four warps take 64 rows each, one copies; its threads have ``registers``, the others the rest.
-    ``turns``: how groups pass on their turn to multiply, see :mod:`hal_ops.attention._hopper_turns`; 0 for no turns.
-    ``early``: weights are rounded before the product of the block before is waited for. ``paged``: the copy engine
-    copies pages that are shorter than a block. ``merged``: buffers of keys and values are given back together. ``short``:
-    maxima and sums of a row are made in shorter chains. ``tiles``: how many a multiprocessor holds.
+
+    Fields:
+        turns: groups take turns to multiply, see :mod:`hal_ops.attention._hopper_turns`.
+        short: maxima and sums of a row are made in shorter chains.
+        paged: the copy engine copies pages that are shorter than a block.
     """
 
     dim: int
@@ -72,12 +75,9 @@ class Hopper:
     block_n: int
     parts: int
     registers: int
-    turns: int = 0
-    early: bool = False
-    paged: bool = False
-    merged: bool = False
+    turns: bool = False
     short: bool = False
-    tiles: int = 1
+    paged: bool = False
 
     @property
     def block_m(self) -> int:
@@ -86,8 +86,8 @@ class Hopper:
 
     @property
     def most_registers(self) -> int:
-        """Of a thread, before groups of warps share them out."""
-        return _REGISTERS // (128 * (self.parts + 1) * self.tiles) // 8 * 8
+        """Of a thread, before groups of warps share them out; one tile takes all that a multiprocessor has."""
+        return _REGISTERS // (128 * (self.parts + 1)) // 8 * 8
 
     @property
     def constants(self) -> dict[str, Any]:
@@ -95,7 +95,7 @@ class Hopper:
         registers = (self.most_registers * (self.parts + 1) - self.registers) // self.parts
         return {
             "PARTS": self.parts, "REGISTERS": registers, "COPY_REGISTERS": self.registers, "TURNS": self.turns,
-            "EARLY": self.early, "MERGED": self.merged, "SHORT": self.short,
+            "SHORT": self.short,
         }  # fmt: skip
 
 
@@ -130,13 +130,22 @@ WIDE = (Config(64, 64, 32, 4, 1), Config(128, 32, 32, 4, 1), Config(256, 32, 16,
 WIDE_RDNA = (Config(64, 32, 16, 8, 1), Config(128, 16, 16, 16, 1), Config(256, 32, 16, 16, 1))
 """The same for 256 registers a thread; heads of 256 spill whatever the tile is."""
 HOPPER_PREFILL = (
-    Hopper(64, 64, 128, 3, 32),
-    Hopper(128, 128, 128, 2, 88),
+    Hopper(64, 64, 128, 3, 32, short=True),
+    Hopper(128, 128, 128, 2, 40, turns=True, short=True),
     Hopper(192, 128, 128, 2, 88),
     Hopper(256, 256, 64, 2, 24),
 )
-HOPPER_EXTEND = (Hopper(128, 128, 128, 2, 88), Hopper(192, 128, 128, 2, 88), Hopper(256, 256, 64, 2, 24))
+HOPPER_FP8 = Hopper(128, 128, 128, 2, 88, short=True)
+"""Prefill of FP8 q, k and v, for heads of 128 alone: others were not run."""
+HOPPER_EXTEND = (
+    Hopper(64, 64, 128, 2, 88),
+    Hopper(128, 128, 128, 2, 40, turns=True, paged=True),
+    Hopper(192, 128, 128, 2, 88),
+    Hopper(256, 256, 64, 2, 24),
+)
 """Of two parts alone, so that the kernel for every arch can serve a plan too."""
+HOPPER_ROWS = (Hopper(128, 128, 128, 2, 88), *HOPPER_EXTEND[2:])
+"""For pages that the copy engine does not copy: the copying warps then need more registers."""
 _OCP = ("float8_e4m3fn", "float8_e5m2")
 FP8_PRODUCTS: dict[str, tuple[tuple[str, ...], int]] = {
     "sm_89": (_OCP, 256),
@@ -181,7 +190,7 @@ def padded_on(arch: str, request: AttentionRequest, *, cached: bool) -> bool:
     """Whether head dims are padded to one power of two for the kernels that serve every arch.
 
     FP8 keys of two parts (80, 96) gave wrong values and illegal reads on an H200 with Triton 3.6, those of one part
-    right ones; keys of 16 bits were right in both forms.
+    right ones, if of 32 columns or more; keys of 16 bits were right in both forms.
     """
     return arch == "sm_90" and is_fp8(_read(request, cached))
 
@@ -204,10 +213,19 @@ def hopper_of(arch: str, request: AttentionRequest, *, cached: bool) -> Hopper |
     """The configuration of the kernel made for this arch, if it is and if it serves the request."""
     dims = (request.head_dim, request.v_head_dim)
     whole = all(sum(cut(dim)) == dim for dim in dims)
-    if arch != "sm_90" or request.dtype == "float32" or not whole or is_fp8(_read(request, cached)):
+    if arch != "sm_90" or request.dtype == "float32" or not whole:
         return None
-    table = HOPPER_EXTEND if cached else HOPPER_PREFILL
-    return next((c for c in table if dims[0] <= c.dim and dims[1] <= c.v_dim), None)
+    if is_fp8(_read(request, cached)):
+        served = not cached and request.qkv_dtype in _OCP and dims == (HOPPER_FP8.dim, HOPPER_FP8.v_dim)
+        return HOPPER_FP8 if served else None
+    found = _fitting(HOPPER_EXTEND if cached else HOPPER_PREFILL, dims)
+    if cached and found is not None and not in_boxes(found, request):
+        return _fitting(HOPPER_ROWS, dims)
+    return found
+
+
+def _fitting(table: tuple[Hopper, ...], dims: tuple[int, int]) -> Hopper | None:
+    return next((config for config in table if dims[0] <= config.dim and dims[1] <= config.v_dim), None)
 
 
 def in_boxes(config: Hopper, request: AttentionRequest) -> bool:

@@ -6,7 +6,7 @@ kernel reads no page and no slot that no query sees, and no entry of the block t
 
 The plan lists a step's tiles, longest first, from host lengths alone. On sm_90 the kernel of
 :mod:`hal_ops.attention.triton_hopper` is launched where the page size is a multiple of 16 and the cache is neither FP8
-nor HDN.
+nor HDN. There the copy engine copies pages, but where these do not fit blocks of keys, or heads are of other dims.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators

@@ -2,7 +2,10 @@
 
 While the tensor cores multiply the weights of one block of keys with its values, the warps compute the softmax of the
 next block's scores, whose product was issued first. Triton waits for a product before anything that uses its result and
-cannot express this. Keys and values are copied to shared memory asynchronously, one block ahead, two buffers each.
+cannot express this. Keys and values are copied to shared memory asynchronously, one block ahead, two buffers each. Groups
+of warps may take turns to multiply (:mod:`hal_ops.attention._hopper_turns`).
+
+FP8 q and k are multiplied as they are; the copying warps convert values to float16.
 
 Blocks are visited from the last to the first. Everything else is as in :mod:`triton_common`.
 """
@@ -30,7 +33,7 @@ from hal_ops.attention._hopper_math import (
     times,
     wait_values,
 )
-from hal_ops.attention._hopper_turns import make_turns, start_turns
+from hal_ops.attention._hopper_turns import start_turns
 from hal_ops.attention._triton_place import key_blocks, place, place_tile
 
 __all__ = ["hopper_extend", "hopper_prefill"]
@@ -46,10 +49,10 @@ def _consume(
     HEADS: gl.constexpr, PACK: gl.constexpr, TOKENS: gl.constexpr, DIM: gl.constexpr, V_DIM: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
     SINKS: gl.constexpr, PLAIN: gl.constexpr, LSE: gl.constexpr, FENCE: gl.constexpr,
-    PARTS: gl.constexpr, TURNS: gl.constexpr, EARLY: gl.constexpr, MERGED: gl.constexpr, SHORT: gl.constexpr,
+    PARTS: gl.constexpr, TURNS: gl.constexpr, SHORT: gl.constexpr,
 ):  # fmt: skip
     """A part of a tile: rows ``64 * part`` to ``64 * part + 63``."""
-    place, rules, outputs, queries, keys, values, barriers, turns = tile
+    place, rules, outputs, queries, keys, values, barriers = tile
     BLOCK_N: gl.constexpr = keys[0].shape[1]
     LAYOUT: gl.constexpr = product_layout(BLOCK_N, 4, keys[0].dtype)
     ROWS: gl.constexpr = gl.SliceLayout(1, LAYOUT)
@@ -100,22 +103,22 @@ def _consume(
     start_turns(part, PARTS, TURNS)
     for j in range(1, end - ragged):
         p, acc, rest, total, top = fold_block(
-            j, (end - 1 - j) * BLOCK_N, p, acc, rest, total, top, queries, keys, values, barriers, turns, high,
+            j, (end - 1 - j) * BLOCK_N, p, acc, rest, total, top, queries, keys, values, barriers, high,
             position, left, right, scale, cap, slope, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, PLAIN, True,
-            SPLIT, V_SPLIT, FENCE, part, PARTS, TURNS, EARLY, MERGED, SHORT,
+            SPLIT, V_SPLIT, FENCE, part, PARTS, TURNS, SHORT,
         )  # fmt: skip
     for j in range(gl.maximum(end - ragged, 1), end - whole):
         p, acc, rest, total, top = fold_block(
-            j, (end - 1 - j) * BLOCK_N, p, acc, rest, total, top, queries, keys, values, barriers, turns, high,
+            j, (end - 1 - j) * BLOCK_N, p, acc, rest, total, top, queries, keys, values, barriers, high,
             position, left, right, scale, cap, slope, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, PLAIN, False,
-            SPLIT, V_SPLIT, FENCE, part, PARTS, TURNS, EARLY, MERGED, SHORT,
+            SPLIT, V_SPLIT, FENCE, part, PARTS, TURNS, SHORT,
         )  # fmt: skip
     if HAS_LEFT:
         for j in range(gl.maximum(end - whole, 1), end - begin):
             p, acc, rest, total, top = fold_block(
-                j, (end - 1 - j) * BLOCK_N, p, acc, rest, total, top, queries, keys, values, barriers, turns, high,
+                j, (end - 1 - j) * BLOCK_N, p, acc, rest, total, top, queries, keys, values, barriers, high,
                 position, left, right, scale, cap, slope, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, PLAIN, True,
-                SPLIT, V_SPLIT, FENCE, part, PARTS, TURNS, EARLY, MERGED, SHORT,
+                SPLIT, V_SPLIT, FENCE, part, PARTS, TURNS, SHORT,
             )  # fmt: skip
     last = gl.maximum(end - begin, 1) - 1
     hopper.fence_async_shared()
@@ -142,7 +145,7 @@ def _tile(
     V_DIM: gl.constexpr, V_CUT: gl.constexpr, V_REST: gl.constexpr, BLOCK_N: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
     SINKS: gl.constexpr, PLAIN: gl.constexpr, LSE: gl.constexpr, PARTS: gl.constexpr, REGISTERS: gl.constexpr,
-    COPY_REGISTERS: gl.constexpr, TURNS: gl.constexpr, EARLY: gl.constexpr, MERGED: gl.constexpr, SHORT: gl.constexpr,
+    COPY_REGISTERS: gl.constexpr, TURNS: gl.constexpr, SHORT: gl.constexpr,
 ):  # fmt: skip
     """The tile of ``64 * PARTS`` rows whose first, ``token`` of ``head``, is at ``q``, ``out`` and ``lse``."""
     TOKENS: gl.constexpr = 64 * PARTS // PACK
@@ -152,12 +155,8 @@ def _tile(
     keys = pair_of_buffers(dtype, 2, BLOCK_N, CUT, REST)
     values = pair_of_buffers(gl.float16 if FP8 else dtype, 2, BLOCK_N, V_CUT, V_REST)
     ARRIVALS: gl.constexpr = 1 if TMA else 128
-    barriers = (
-        pair_of_barriers(ARRIVALS),
-        pair_of_barriers(PARTS),
-        pair_of_barriers(ARRIVALS),
-        pair_of_barriers(PARTS),
-    )
+    full, empty = pair_of_barriers(ARRIVALS), pair_of_barriers(PARTS)
+    barriers = (full, empty, pair_of_barriers(ARRIVALS), pair_of_barriers(PARTS))
     raw, raw_full = values, barriers[2]
     if FP8:
         gl.static_assert(V_REST == 0, "FP8 values are converted in one part")
@@ -170,7 +169,7 @@ def _tile(
         (q, q_stride, q_head_stride, head, token, q_len, kv_len),
         (sinks, slopes, left, right, scale, cap),
         (out, out_stride, out_head_stride, lse, v_scale),
-        queries, keys, values, barriers, make_turns(PARTS, TURNS),
+        queries, keys, values, barriers,
     )  # fmt: skip
     copy = (
         k_source, v_source, k_boxes, v_boxes, token, q_len, kv_len, left, right, keys, values, barriers, raw, raw_full
@@ -179,10 +178,10 @@ def _tile(
         gl.warp_specialize(
             [
                 (_consume, (0, tile, HEADS, PACK, TOKENS, DIM, V_DIM, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, SINKS, PLAIN,
-                            LSE, not TMA, PARTS, TURNS, EARLY, MERGED, SHORT)),
+                            LSE, not TMA, PARTS, TURNS, SHORT)),
                 (_consume, (1, tile, HEADS, PACK, TOKENS, DIM, V_DIM, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, SINKS, PLAIN,
-                            LSE, not TMA, PARTS, TURNS, EARLY, MERGED, SHORT)),
-                (produce, (copy, TOKENS, DIM, V_DIM, PAGE_SIZE, TMA, HAS_LEFT, HAS_RIGHT, MERGED)),
+                            LSE, not TMA, PARTS, TURNS, SHORT)),
+                (produce, (copy, TOKENS, DIM, V_DIM, PAGE_SIZE, TMA, HAS_LEFT, HAS_RIGHT)),
             ],
             [4, 4], [REGISTERS, COPY_REGISTERS],
         )  # fmt: skip
@@ -190,12 +189,12 @@ def _tile(
         gl.warp_specialize(
             [
                 (_consume, (0, tile, HEADS, PACK, TOKENS, DIM, V_DIM, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, SINKS, PLAIN,
-                            LSE, not TMA, PARTS, TURNS, EARLY, MERGED, SHORT)),
+                            LSE, not TMA, PARTS, TURNS, SHORT)),
                 (_consume, (1, tile, HEADS, PACK, TOKENS, DIM, V_DIM, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, SINKS, PLAIN,
-                            LSE, not TMA, PARTS, TURNS, EARLY, MERGED, SHORT)),
+                            LSE, not TMA, PARTS, TURNS, SHORT)),
                 (_consume, (2, tile, HEADS, PACK, TOKENS, DIM, V_DIM, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, SINKS, PLAIN,
-                            LSE, not TMA, PARTS, TURNS, EARLY, MERGED, SHORT)),
-                (produce, (copy, TOKENS, DIM, V_DIM, PAGE_SIZE, TMA, HAS_LEFT, HAS_RIGHT, MERGED)),
+                            LSE, not TMA, PARTS, TURNS, SHORT)),
+                (produce, (copy, TOKENS, DIM, V_DIM, PAGE_SIZE, TMA, HAS_LEFT, HAS_RIGHT)),
             ],
             [4, 4, 4], [REGISTERS, REGISTERS, COPY_REGISTERS],
         )  # fmt: skip
@@ -221,7 +220,7 @@ def hopper_prefill(
     V_DIM: gl.constexpr, V_CUT: gl.constexpr, V_REST: gl.constexpr, BLOCK_N: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
     SINKS: gl.constexpr, PLAIN: gl.constexpr, LSE: gl.constexpr, PARTS: gl.constexpr, REGISTERS: gl.constexpr,
-    COPY_REGISTERS: gl.constexpr, TURNS: gl.constexpr, EARLY: gl.constexpr, MERGED: gl.constexpr, SHORT: gl.constexpr,
+    COPY_REGISTERS: gl.constexpr, TURNS: gl.constexpr, SHORT: gl.constexpr,
     Q_SCALES: gl.constexpr, K_SCALES: gl.constexpr, V_SCALES: gl.constexpr,
 ):  # fmt: skip
     """The same as :func:`hal_ops.attention.triton_prefill.prefill_kernel`."""
@@ -255,7 +254,7 @@ def hopper_prefill(
         q_stride, q_head_stride, out_stride, out_head_stride,
         HEADS, PACK, 0, True, DIM, CUT, REST, V_DIM, V_CUT, V_REST, BLOCK_N,
         HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, SINKS, PLAIN, LSE, PARTS, REGISTERS, COPY_REGISTERS,
-        TURNS, EARLY, MERGED, SHORT,
+        TURNS, SHORT,
     )  # fmt: skip
 
 
@@ -277,7 +276,7 @@ def hopper_extend(
     V_DIM: gl.constexpr, V_CUT: gl.constexpr, V_REST: gl.constexpr, BLOCK_N: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
     SINKS: gl.constexpr, PLAIN: gl.constexpr, LSE: gl.constexpr, PARTS: gl.constexpr, REGISTERS: gl.constexpr,
-    COPY_REGISTERS: gl.constexpr, TURNS: gl.constexpr, EARLY: gl.constexpr, MERGED: gl.constexpr, SHORT: gl.constexpr,
+    COPY_REGISTERS: gl.constexpr, TURNS: gl.constexpr, SHORT: gl.constexpr,
 ):  # fmt: skip
     """The same as :func:`hal_ops.attention.triton_extend.extend_kernel`, without FP8."""
     row, head, token, q_start, q_len, kv_len = place_tile(tiles, cu_q, kv_lens, HEADS // PACK, PACK)
@@ -297,5 +296,5 @@ def hopper_extend(
         q_stride, q_head_stride, out_stride, out_head_stride,
         HEADS, PACK, PAGE_SIZE, TMA, DIM, CUT, REST, V_DIM, V_CUT, V_REST, BLOCK_N,
         HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, SINKS, PLAIN, LSE, PARTS, REGISTERS, COPY_REGISTERS,
-        TURNS, EARLY, MERGED, SHORT,
+        TURNS, SHORT,
     )  # fmt: skip

@@ -7,7 +7,8 @@ outside of them cost nothing), softcap, sinks, ALiBi, any scale; LSE; sequences 
 is the same bits each time. There is no backward.
 
 On sm_90 with Triton 3.6 to 3.9 the kernel of :mod:`hal_ops.attention.triton_hopper` is launched for 16-bit formats and
-head dims that are sums of two powers of two, where strides are multiples of 16 elements; else the one here.
+head dims that are sums of two powers of two, and for FP8 and heads of 128, where strides are multiples of 16 elements;
+else the one here.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
