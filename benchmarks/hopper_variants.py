@@ -73,6 +73,7 @@ class Variant(NamedTuple):
 _128 = ("P1", "P2", "P5", "P12", "P13", "V0", "V7", "V128")
 _ROOMY = Config(128, 128, 128, 8, 3)
 VARIANTS = {
+    "one warp copies": Variant({"warps": 1}, ("V0", "V128", "P12", "P1")),
     "plain": Variant({"turns": False, "short": False, "paged": False, "registers": 88}, _128),
     "plain 64": Variant({"short": False}, ("P3",)),
     "other chains": Variant({"short": True}, ("P4", "P10", "V0", "V128")),

@@ -67,7 +67,7 @@ def _copy_part(buffer, source, start, low, high, DIM: gl.constexpr, FIRST: gl.co
     BLOCK_N: gl.constexpr = buffer.shape[0]
     BLOCK: gl.constexpr = buffer.shape[1]
     ROWS: gl.constexpr = _rows_at_once(BLOCK, BLOCK_N, buffer.dtype)
-    LAYOUT: gl.constexpr = rows_layout(BLOCK, 4, buffer.dtype)
+    LAYOUT: gl.constexpr = rows_layout(BLOCK, gl.num_warps(), buffer.dtype)
     rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
     columns = FIRST + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, LAYOUT))
     for part in gl.static_range(BLOCK_N // ROWS):
@@ -182,7 +182,7 @@ def _widen(raw, values, slot):
     """Converts values of FP8 to those that are multiplied, a few rows at a time."""
     BLOCK_N: gl.constexpr = raw.shape[1]
     ROWS: gl.constexpr = min(BLOCK_N, 4096 // raw.shape[2])
-    LAYOUT: gl.constexpr = rows_layout(raw.shape[2], 4, raw.dtype)
+    LAYOUT: gl.constexpr = rows_layout(raw.shape[2], gl.num_warps(), raw.dtype)
     source, target = raw.index(slot), values.index(slot)
     for part in gl.static_range(BLOCK_N // ROWS):
         x = source.slice(part * ROWS, ROWS).load(LAYOUT)

@@ -68,6 +68,7 @@ class Hopper:
         turns: groups take turns to multiply, see :mod:`hal_ops.attention._hopper_turns`.
         short: maxima and sums of a row are made in shorter chains.
         paged: the copy engine copies pages that are shorter than a block.
+        warps: so many copy.
     """
 
     dim: int
@@ -78,6 +79,7 @@ class Hopper:
     turns: bool = False
     short: bool = False
     paged: bool = False
+    warps: int = 4
 
     @property
     def block_m(self) -> int:
@@ -94,8 +96,8 @@ class Hopper:
         """The kernel's parameters of these names."""
         registers = (self.most_registers * (self.parts + 1) - self.registers) // self.parts
         return {
-            "PARTS": self.parts, "REGISTERS": registers, "COPY_REGISTERS": self.registers, "TURNS": self.turns,
-            "SHORT": self.short,
+            "PARTS": self.parts, "REGISTERS": registers, "COPY_WARPS": self.warps,
+            "COPY_REGISTERS": self.registers, "TURNS": self.turns, "SHORT": self.short,
         }  # fmt: skip
 
 
