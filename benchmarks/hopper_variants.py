@@ -70,23 +70,21 @@ class Variant(NamedTuple):
         return self.whole or dataclasses.replace(table, **self.changes)
 
 
-_128 = ("P1", "P2", "P5", "P12", "P13", "V0", "V7", "V128")
+_128 = ("P1", "P2", "P5", "P12", "P13", "V7", "V128")
 _ROOMY = Config(128, 128, 128, 8, 3)
 VARIANTS = {
-    "one warp copies": Variant({"warps": 1}, ("V0", "V128", "P12", "P1")),
-    "plain": Variant({"turns": False, "short": False, "paged": False, "registers": 88}, _128),
-    "plain 64": Variant({"short": False}, ("P3",)),
-    "other chains": Variant({"short": True}, ("P4", "P10", "V0", "V128")),
-    "plain chains": Variant({"short": False}, ("P1", "P2", "P5", "P12", "P13", "P7")),
-    "no turns": Variant({"turns": False}, _128),
-    "24 registers": Variant({"registers": 24}, _128),
-    "fp8, turns": Variant({"turns": True}, ("P7",)),
-    "fp8, 104 registers": Variant({"registers": 104}, ("P7",)),
+    "fp8, short": Variant({"short": True}, ("P7",)),
+    "fp8, short, turns": Variant({"short": True, "turns": True}, ("P7",)),
     "fp8, for every arch": Variant({}, ("P7",), _ROOMY),
     "fp8, converted": Variant({}, ("P7",), _ROOMY, converted=True),
+    "short": Variant({"short": True}, (*_128, "V0", "P4", "P10")),
+    "long": Variant({"short": False}, ("P3",)),
+    "no turns": Variant({"turns": False}, _128),
+    "no turns, 88": Variant({"turns": False, "registers": 88}, _128),
+    "24": Variant({"registers": 24}, _128),
     "base": Variant({}, tuple(KNOWN)),
 }
-"""``base`` is the table's. In front what has been there before turns, short chains and pages by the copy engine."""
+"""``base`` is the table's. Numbers: registers of the threads that copy."""
 
 
 def calls_of(case: Case, inputs: Inputs, variant: Variant) -> list[Call]:

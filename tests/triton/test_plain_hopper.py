@@ -1,4 +1,4 @@
-"""What the host gives the Gluon kernels of Hopper: constants that they have, registers that there are, boxes of pages."""
+"""What the host gives the Gluon kernels of Hopper: constants that they have, registers that there are, and their rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 
 from hal_ops._gpu import Gpu
 from hal_ops.attention import AttentionRequest
-from hal_ops.attention._triton_boxes import boxes_of, page_boxes_of
 from hal_ops.attention._triton_configs import (
     HOPPER_EXTEND,
     HOPPER_FP8,
@@ -18,8 +17,9 @@ from hal_ops.attention._triton_configs import (
     HOPPER_ROWS,
     Hopper,
     hopper_of,
-    in_boxes,
+    padded_on,
 )
+from hal_ops.attention._triton_features import Features
 from hal_ops.attention.triton_extend import extend
 from hal_ops.attention.triton_prefill import prefill
 
@@ -64,26 +64,6 @@ def test_registers_are_not_more_than_there_are(config: Hopper) -> None:
     assert 128 * (config.parts * share + config.registers) <= 65536
 
 
-def test_which_caches_are_copied_in_boxes() -> None:
-    paged = Hopper(128, 128, 128, 2, 40, paged=True)
-    found = {n: in_boxes(paged, request_of(page_size=n)) for n in (16, 48, 64, 128, 192, 256)}
-    assert found == {16: True, 48: False, 64: True, 128: True, 192: False, 256: True}
-    rows = dataclasses.replace(paged, paged=False)
-    assert [n for n in found if in_boxes(rows, request_of(page_size=n))] == [128, 256]
-    assert not in_boxes(paged, request_of(head_dim=96)), "96 is 64 and 32 columns"
-    assert in_boxes(paged, request_of(head_dim=192, v_head_dim=128))
-
-
-@pytest.mark.parametrize("heads_first", [False, True])
-def test_boxes_of_pages(heads_first: bool) -> None:
-    x = torch.zeros(5, 2, 16, 128).transpose(1, 2) if heads_first else torch.zeros(5, 16, 2, 128)
-    box, none, page_rows, head_rows, head_columns = page_boxes_of(x.bfloat16(), 128) or ()
-    assert (box.block_shape, none.shape) == ([16, 64], x.shape)
-    assert (page_rows, head_rows, head_columns) == ((32, 16, 0) if heads_first else (16, 0, 128))
-    assert (boxes_of(x.bfloat16(), 128) or ())[0].block_shape == [128, 128]
-    assert page_boxes_of(torch.zeros(5, 16, 2, 100).bfloat16(), 128) is None, "strides of 100 are not aligned"
-
-
 def test_rows_of_the_table() -> None:
     request = request_of(phases=("prefill",))
     for name in ("sm_80", "sm_100", "gfx942"):
@@ -103,7 +83,16 @@ def test_fp8_prefill_of_heads_of_128_has_a_row() -> None:
 
 
 def test_pages_that_are_copied_row_by_row_have_rows_of_their_own() -> None:
-    found = {n: hopper_of("sm_90", request_of(page_size=n), cached=True) for n in (16, 48, 64, 128)}
-    assert found[16] == found[64] == found[128] == HOPPER_EXTEND[1]
-    assert found[48] == HOPPER_ROWS[0]
-    assert hopper_of("sm_90", request_of(head_dim=96), cached=True) == HOPPER_ROWS[0]
+    found = {n: hopper_of("sm_90", request_of(page_size=n), cached=True) for n in (16, 64, 128, 192, 256)}
+    assert found[128] == found[256] == HOPPER_EXTEND[1]
+    assert found[16] == found[64] == found[192] == HOPPER_ROWS[0]
+
+
+def test_an_arch_that_nobody_has_named_gets_heads_of_one_part() -> None:
+    request = request_of(head_dim=96)
+    found = [
+        a for a in ("sm_80", "sm_90", "gfx942", "gfx1201", "sm_75", "mp_31", "") if padded_on(a, request, cached=True)
+    ]
+    assert found == ["sm_75", "mp_31", ""]
+    assert padded_on("sm_90", request.replace(kv_dtype="float8_e4m3fn"), cached=True)
+    assert Features.of(request, padded=True).constants["CUT"] == 128

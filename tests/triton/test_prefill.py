@@ -258,8 +258,12 @@ def head_dims(config: Config | Hopper) -> list[tuple[int, int]]:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", [*CONFIGS, *HOPPERS], ids=str)
-def test_every_configuration_is_right(config: Config | Hopper, assert_right: Check) -> None:
+def test_every_configuration_is_right(
+    config: Config | Hopper, assert_right: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Triton 3.5 to 3.6 and their ptxas have compiled single configurations wrongly (lmdeploy#4920, fla#1262)."""
+    if config in DEFAULT:
+        monkeypatch.setattr("hal_ops.attention.triton_prefill.padded_on", lambda *_, **__: True)
     lengths = [(300, 300), (0, 0), (5, 5), (7, 0), (0, 7), (129, 700), (400, 90), (1, 513)]
     for dims in head_dims(config):
         for fields in ({"window": 200}, {"causal": False, "dtype": "float16"}, {"softcap": 9.0, "sinks": True}):

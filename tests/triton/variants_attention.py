@@ -14,7 +14,6 @@ from hal_ops.attention._triton_configs import (
     HOPPER_FP8,
     HOPPER_PREFILL,
     HOPPER_ROWS,
-    PAGE_COLUMNS,
     Config,
     Hopper,
     configs_of,
@@ -55,7 +54,7 @@ def variants() -> Iterator[Variant]:
         yield _hopper("prefill", HOPPER_FP8, "bfloat16", 16, qkv_dtype=name, phases="prefill")
     for config in HOPPER_EXTEND:
         yield _hopper("extend", config, "bfloat16", config.block_n)
-    for config in (*HOPPER_ROWS, *(config for config in HOPPER_EXTEND if config.paged or config.dim == 64)):
+    for config in HOPPER_ROWS:
         yield _hopper("extend", config, "bfloat16", 16)
 
 
@@ -173,12 +172,9 @@ def _type(name: str, config: Config | Hopper, request: AttentionRequest, constan
 def _box(name: str, config: Config | Hopper, request: AttentionRequest, constants: dict[str, Any]) -> str:
     """A box of the copy engine, or a pointer where there is none."""
     width = cut(request.head_dim if name[0] == "k" else request.v_head_dim)[name.endswith("rest")]
-    size = constants.get("PAGE_SIZE", config.block_n)
     block = [config.block_n, width]
-    if size % config.block_n:
-        block = [size, PAGE_COLUMNS * (not name.endswith("rest"))]
     element = TYPES[request.dtype if "PAGE_SIZE" in constants else request.qkv_dtype]
-    if not constants["TMA"] or not block[1]:
+    if not constants["TMA"] or not width:
         return f"*{element}"
     from triton import language as tl
     from triton.experimental.gluon.language import NVMMASharedLayout

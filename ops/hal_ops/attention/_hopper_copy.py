@@ -16,7 +16,6 @@ __all__ = ["pair_of_barriers", "pair_of_buffers", "produce", "rows_layout"]
 
 # Triton 3.9 calls both async_load.
 _copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
-_REINTERPRETS = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 _copy_box = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 
@@ -67,7 +66,7 @@ def _copy_part(buffer, source, start, low, high, DIM: gl.constexpr, FIRST: gl.co
     BLOCK_N: gl.constexpr = buffer.shape[0]
     BLOCK: gl.constexpr = buffer.shape[1]
     ROWS: gl.constexpr = _rows_at_once(BLOCK, BLOCK_N, buffer.dtype)
-    LAYOUT: gl.constexpr = rows_layout(BLOCK, gl.num_warps(), buffer.dtype)
+    LAYOUT: gl.constexpr = rows_layout(BLOCK, 4, buffer.dtype)
     rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
     columns = FIRST + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, LAYOUT))
     for part in gl.static_range(BLOCK_N // ROWS):
@@ -103,46 +102,9 @@ def _copy_block(
 
 
 @gluon.jit
-def _page_of(source, first, low, high, PAGE_SIZE: gl.constexpr):
-    return gl.load(source[1] + first // PAGE_SIZE, mask=(first >= low) & (first < high), other=0)
-
-
-@gluon.jit
-def _pages_of(source, start, low, high, BLOCK_N: gl.constexpr, PAGE_SIZE: gl.constexpr, PAGED: gl.constexpr):
-    """The pages of a block, 0 for those outside of ``[low, high)``; one number if blocks are not copied by pages."""
-    pages = (start,)
-    if PAGED:
-        pages = (_page_of(source, start, low, high, PAGE_SIZE),)
-        for index in gl.static_range(1, BLOCK_N // PAGE_SIZE):
-            page = _page_of(source, start + index * PAGE_SIZE, low, high, PAGE_SIZE)
-            pages += (page,)  # type: ignore[assignment]
-    return pages
-
-
-@gluon.jit
-def _copy_pages(buffer, slot, box, ready, pages, row, column, page_rows):
-    """Copies boxes of a page and 64 columns: such columns of all of a block's rows lie in one piece, 128 bytes a row."""
-    COUNT: gl.constexpr = buffer.shape[0]
-    SIZE: gl.constexpr = box.block_shape[0]
-    WIDTH: gl.constexpr = box.block_shape[1]
-    PAGES: gl.constexpr = buffer.shape[1] // SIZE
-    SIDES: gl.constexpr = buffer.shape[2] // WIDTH
-    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([SIZE, WIDTH], buffer.dtype)
-    if _REINTERPRETS:
-        boxes = buffer.reinterpret(buffer.dtype, [COUNT * SIDES * PAGES, SIZE, WIDTH], LAYOUT)
-    else:
-        boxes = buffer._reinterpret(buffer.dtype, [COUNT * SIDES * PAGES, SIZE, WIDTH], LAYOUT)
-    for page in gl.static_range(PAGES):
-        for side in gl.static_range(SIDES):
-            place = boxes.index((slot * SIDES + side) * PAGES + page)
-            _copy_box(box, [row + pages[page] * page_rows, column + side * WIDTH], ready, place)
-
-
-@gluon.jit
 def _fill(
-    buffers, slot, full, source, boxes, pages, start, low, high,
-    DIM: gl.constexpr, PAGE_SIZE: gl.constexpr, TMA: gl.constexpr, PAGED: gl.constexpr,
-):  # fmt: skip
+    buffers, slot, full, source, boxes, start, low, high, DIM: gl.constexpr, PAGE_SIZE: gl.constexpr, TMA: gl.constexpr
+):
     """Copies a block to the buffers of a slot; ``full`` is told when it is there.
 
     With ``TMA`` the copy engine takes the blocks that lie in ``[low, high)`` wholly; it cannot leave out single keys.
@@ -153,19 +115,14 @@ def _fill(
     if TMA:
         if (start >= low) & (start + BLOCK_N <= high):
             box, box_rest, row, column, page_rows = boxes
+            row += start
+            if PAGE_SIZE > 0:
+                page = gl.load(source[1] + start // PAGE_SIZE)
+                row += page * page_rows - start // PAGE_SIZE * PAGE_SIZE
             mbarrier.expect(ready, BLOCK_N * DIM * (whole.dtype.primitive_bitwidth // 8))
-            if PAGED:
-                _copy_pages(whole, slot, box, ready, pages, row, column, page_rows)
-                if whole.shape[2] < DIM:
-                    _copy_pages(rest, slot, box, ready, pages, row, column + whole.shape[2], page_rows)
-            else:
-                row += start
-                if PAGE_SIZE > 0:
-                    page = gl.load(source[1] + start // PAGE_SIZE)
-                    row += page * page_rows - start // PAGE_SIZE * PAGE_SIZE
-                _copy_box(box, [row, column], ready, whole.index(slot))
-                if whole.shape[2] < DIM:
-                    _copy_box(box_rest, [row, column + whole.shape[2]], ready, rest.index(slot))
+            _copy_box(box, [row, column], ready, whole.index(slot))
+            if whole.shape[2] < DIM:
+                _copy_box(box_rest, [row, column + whole.shape[2]], ready, rest.index(slot))
         else:
             _copy_block(buffers, slot, source, start, low, high, DIM, PAGE_SIZE)
             async_copy.commit_group()
@@ -182,7 +139,7 @@ def _widen(raw, values, slot):
     """Converts values of FP8 to those that are multiplied, a few rows at a time."""
     BLOCK_N: gl.constexpr = raw.shape[1]
     ROWS: gl.constexpr = min(BLOCK_N, 4096 // raw.shape[2])
-    LAYOUT: gl.constexpr = rows_layout(raw.shape[2], gl.num_warps(), raw.dtype)
+    LAYOUT: gl.constexpr = rows_layout(raw.shape[2], 4, raw.dtype)
     source, target = raw.index(slot), values.index(slot)
     for part in gl.static_range(BLOCK_N // ROWS):
         x = source.slice(part * ROWS, ROWS).load(LAYOUT)
@@ -200,7 +157,6 @@ def produce(
     )
     FP8: gl.constexpr = raw[0].dtype != values[0].dtype
     BLOCK_N: gl.constexpr = keys[0].shape[1]
-    PAGED: gl.constexpr = TMA and PAGE_SIZE > 0 and PAGE_SIZE % BLOCK_N != 0
     k_full, k_empty, v_full, v_empty = barriers
     shift = kv_len - q_len
     low, high, begin, whole, ragged, end = key_blocks(
@@ -208,25 +164,17 @@ def produce(
     )
     start = gl.maximum(end - 1, begin) * BLOCK_N
     count = gl.maximum(end - begin, 1)
-    pages = _pages_of(k_source, start, low, high, BLOCK_N, PAGE_SIZE, PAGED)
-    _fill(keys, 0, k_full, k_source, k_boxes, pages, start, low, high, DIM, PAGE_SIZE, TMA, PAGED)
+    _fill(keys, 0, k_full, k_source, k_boxes, start, low, high, DIM, PAGE_SIZE, TMA)
     if FP8:
-        _fill(raw, 0, raw_full, v_source, v_boxes, pages, start, low, high, V_DIM, PAGE_SIZE, TMA, PAGED)
+        _fill(raw, 0, raw_full, v_source, v_boxes, start, low, high, V_DIM, PAGE_SIZE, TMA)
     for j in range(0, count):
-        after = j + 1
-        next_start = start - after * BLOCK_N
-        next_pages = pages
-        if after < count:
-            next_pages = _pages_of(k_source, next_start, low, high, BLOCK_N, PAGE_SIZE, PAGED)
+        if j + 1 < count:
+            after = j + 1
+            first = start - after * BLOCK_N
             mbarrier.wait(k_empty.index(after & 1), ((after >> 1) & 1) ^ 1)
-            _fill(
-                keys, after & 1, k_full, k_source, k_boxes, next_pages, next_start, low, high, DIM, PAGE_SIZE, TMA, PAGED
-            )  # fmt: skip
+            _fill(keys, after & 1, k_full, k_source, k_boxes, first, low, high, DIM, PAGE_SIZE, TMA)
             if FP8:
-                _fill(
-                    raw, after & 1, raw_full, v_source, v_boxes, next_pages, next_start, low, high, V_DIM, PAGE_SIZE, TMA,
-                    PAGED,
-                )  # fmt: skip
+                _fill(raw, after & 1, raw_full, v_source, v_boxes, first, low, high, V_DIM, PAGE_SIZE, TMA)
         mbarrier.wait(v_empty.index(j & 1), ((j >> 1) & 1) ^ 1)
         if FP8:
             mbarrier.wait(raw_full.index(j & 1), (j >> 1) & 1)
@@ -234,8 +182,4 @@ def produce(
             hopper.fence_async_shared()
             mbarrier.arrive(v_full.index(j & 1))
         else:
-            _fill(
-                values, j & 1, v_full, v_source, v_boxes, pages, start - j * BLOCK_N, low, high, V_DIM, PAGE_SIZE, TMA,
-                PAGED,
-            )  # fmt: skip
-        pages = next_pages
+            _fill(values, j & 1, v_full, v_source, v_boxes, start - j * BLOCK_N, low, high, V_DIM, PAGE_SIZE, TMA)

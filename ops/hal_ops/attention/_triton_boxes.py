@@ -12,10 +12,9 @@ from triton import language as tl
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from hal_ops.attention._triton_configs import PAGE_COLUMNS
 from hal_ops.attention._triton_features import cut
 
-__all__ = ["boxes_of", "page_boxes_of"]
+__all__ = ["boxes_of"]
 
 _UNIT = 16
 """Strides have to be multiples of this many elements, so that Triton knows that rows are aligned."""
@@ -72,15 +71,6 @@ def boxes_of(x: Tensor, block_n: int) -> tuple[Any, ...] | None:
     The second box is of the rest of a head dim that is no power of two; else x stands for it. None if the copy engine
     cannot copy from x.
     """
-    return _boxes(x, block_n, *cut(x.shape[3]))
-
-
-def page_boxes_of(x: Tensor, block_n: int) -> tuple[Any, ...] | None:
-    """The same for pages ``[pages, tokens, heads, dim]`` shorter than a block: one box of a page, for all columns."""
-    return _boxes(x, x.shape[1], PAGE_COLUMNS, 0)
-
-
-def _boxes(x: Tensor, height: int, *widths: int) -> tuple[Any, ...] | None:
     if x.data_ptr() % 16:
         return None
     rows = _rows_of(tuple(x.shape), x.stride())
@@ -89,6 +79,12 @@ def _boxes(x: Tensor, height: int, *widths: int) -> tuple[Any, ...] | None:
     sizes, strides = [rows.rows, rows.columns], [x.stride(1), 1]
 
     def box(width: int) -> Any:
-        return TensorDescriptor(x, sizes, strides, [height, width], _layout((height, width), x.dtype))
+        layout = _layout((block_n, width), x.dtype)
+        return TensorDescriptor(x, sizes, strides, [block_n, width], layout)
 
-    return (*(box(width) if width else x for width in widths), rows.outer_rows, rows.head_rows, rows.head_columns)
+    return (
+        *(box(width) if width else x for width in cut(x.shape[3])),
+        rows.outer_rows,
+        rows.head_rows,
+        rows.head_columns,
+    )

@@ -31,7 +31,6 @@ __all__ = [
     "HOPPER_PREFILL",
     "HOPPER_ROWS",
     "Hopper",
-    "PAGE_COLUMNS",
     "TABLE",
     "WIDE",
     "config_of",
@@ -67,8 +66,6 @@ class Hopper:
     Fields:
         turns: groups take turns to multiply, see :mod:`hal_ops.attention._hopper_turns`.
         short: maxima and sums of a row are made in shorter chains.
-        paged: the copy engine copies pages that are shorter than a block.
-        warps: so many copy.
     """
 
     dim: int
@@ -78,8 +75,6 @@ class Hopper:
     registers: int
     turns: bool = False
     short: bool = False
-    paged: bool = False
-    warps: int = 4
 
     @property
     def block_m(self) -> int:
@@ -96,8 +91,8 @@ class Hopper:
         """The kernel's parameters of these names."""
         registers = (self.most_registers * (self.parts + 1) - self.registers) // self.parts
         return {
-            "PARTS": self.parts, "REGISTERS": registers, "COPY_WARPS": self.warps,
-            "COPY_REGISTERS": self.registers, "TURNS": self.turns, "SHORT": self.short,
+            "PARTS": self.parts, "REGISTERS": registers, "COPY_REGISTERS": self.registers, "TURNS": self.turns,
+            "SHORT": self.short,
         }  # fmt: skip
 
 
@@ -133,21 +128,21 @@ WIDE_RDNA = (Config(64, 32, 16, 8, 1), Config(128, 16, 16, 16, 1), Config(256, 3
 """The same for 256 registers a thread; heads of 256 spill whatever the tile is."""
 HOPPER_PREFILL = (
     Hopper(64, 64, 128, 3, 32, short=True),
-    Hopper(128, 128, 128, 2, 40, turns=True, short=True),
+    Hopper(128, 128, 128, 2, 40, turns=True),
     Hopper(192, 128, 128, 2, 88),
     Hopper(256, 256, 64, 2, 24),
 )
-HOPPER_FP8 = Hopper(128, 128, 128, 2, 88, short=True)
+HOPPER_FP8 = Hopper(128, 128, 128, 2, 88)
 """Prefill of FP8 q, k and v, for heads of 128 alone: others were not run."""
 HOPPER_EXTEND = (
     Hopper(64, 64, 128, 2, 88),
-    Hopper(128, 128, 128, 2, 40, turns=True, paged=True),
+    Hopper(128, 128, 128, 2, 40, turns=True),
     Hopper(192, 128, 128, 2, 88),
     Hopper(256, 256, 64, 2, 24),
 )
 """Of two parts alone, so that the kernel for every arch can serve a plan too."""
 HOPPER_ROWS = (Hopper(128, 128, 128, 2, 88), *HOPPER_EXTEND[2:])
-"""For pages that the copy engine does not copy: the copying warps then need more registers."""
+"""For pages that hold no whole blocks, which the copying warps copy row by row: they need more registers."""
 _OCP = ("float8_e4m3fn", "float8_e5m2")
 FP8_PRODUCTS: dict[str, tuple[tuple[str, ...], int]] = {
     "sm_89": (_OCP, 256),
@@ -162,8 +157,6 @@ on gfx950 registers would be spilled for longer ones.
 
 "PTX ISA", mma, wgmma, tcgen05; "AMD Instinct MI300 Instruction Set Architecture" and "CDNA4", MFMA; "RDNA4 Instruction Set
 Architecture", WMMA. Sums are float32, but on sm_90 keep 14 bits: that is off by less than weights are in 16 bits."""
-PAGE_COLUMNS = 64
-"""Of a box of a page: 128 bytes, what lies in one piece in shared memory."""
 _FP8_COLUMNS = 32
 """Fewest columns of such a product in Triton."""
 
@@ -191,10 +184,13 @@ def config_of(arch: str, request: AttentionRequest) -> Config:
 def padded_on(arch: str, request: AttentionRequest, *, cached: bool) -> bool:
     """Whether head dims are padded to one power of two for the kernels that serve every arch.
 
-    FP8 keys of two parts (80, 96) gave wrong values and illegal reads on an H200 with Triton 3.6, those of one part
-    right ones, if of 32 columns or more; keys of 16 bits were right in both forms.
+    On an H200 with Triton 3.6.0 FP8 keys of two parts (80, 96) gave wrong values and illegal reads, those of one part
+    right ones, if of 32 columns or more; keys of 16 bits were right in both forms. But with the first tile of
+    :data:`DEFAULT` heads of 96 in two parts (prefill and extend, bfloat16 and float16) read illegally too, and were right
+    padded; 80, 112 and two stages were right in both forms. So all are padded on an arch that nobody has named.
     """
-    return arch == "sm_90" and is_fp8(_read(request, cached))
+    unnamed = not any(fnmatchcase(arch, pattern) for pattern in TABLE)
+    return unnamed or (arch == "sm_90" and is_fp8(_read(request, cached)))
 
 
 def keys_as_they_are(arch: str, request: AttentionRequest, *columns: int) -> bool:
@@ -231,9 +227,5 @@ def _fitting(table: tuple[Hopper, ...], dims: tuple[int, int]) -> Hopper | None:
 
 
 def in_boxes(config: Hopper, request: AttentionRequest) -> bool:
-    """Whether the copy engine copies pages of a cache: a page holds whole blocks, or a block whole pages."""
-    size = int(request.page_size)
-    if size % config.block_n == 0:
-        return True
-    columns = (*cut(request.head_dim), *cut(request.v_head_dim))
-    return config.paged and config.block_n % size == 0 and not any(n % PAGE_COLUMNS for n in columns)
+    """Whether the copy engine copies from the pages of a cache: they hold whole blocks."""
+    return int(request.page_size) % config.block_n == 0

@@ -6,7 +6,7 @@ kernel reads no page and no slot that no query sees, and no entry of the block t
 
 The plan lists a step's tiles, longest first, from host lengths alone. On sm_90 the kernel of
 :mod:`hal_ops.attention.triton_hopper` is launched where the page size is a multiple of 16 and the cache is neither FP8
-nor HDN. There the copy engine copies pages, but where these do not fit blocks of keys, or heads are of other dims.
+nor HDN.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
@@ -113,7 +113,8 @@ class _Extend:
     def __init__(self, request: AttentionRequest, device: object, configs: tuple[Config | Hopper, ...]) -> None:
         self.request = request
         self.gpu = gpu_of(device)
-        self.features = Features.of(request, padded=padded_on(self.gpu.arch, request, cached=True))
+        padded = self.gpu.device.type != "cpu" and padded_on(self.gpu.arch, request, cached=True)
+        self.features = Features.of(request, padded=padded)
         self.layout = request.kv_layout
         if not configs:
             boxes = gluon_works() and self.layout != VECTORS
@@ -134,15 +135,12 @@ class _Extend:
             warps = config.warps if block_m >= 64 else 4
             config = dataclasses.replace(config, block_m=block_m, warps=warps)
             return Way(extend_kernel, config, self.features, self.gpu, self._constants, short=block_m < 64)
-        from hal_ops.attention._triton_boxes import boxes_of, page_boxes_of
+        from hal_ops.attention._triton_boxes import boxes_of
         from hal_ops.attention.triton_hopper import hopper_extend
 
-        size = int(self.request.page_size)
-        if block_m != config.block_m or size % 16:
+        if block_m != config.block_m or int(self.request.page_size) % 16:
             return None
-        boxes = no_boxes
-        if in_boxes(config, self.request):
-            boxes = boxes_of if size % config.block_n == 0 else page_boxes_of
+        boxes = boxes_of if in_boxes(config, self.request) else no_boxes
         return Way(hopper_extend, config, self.features, self.gpu, self._constants, boxes=boxes)
 
     def plan(self, step: Step) -> Tiles:

@@ -145,7 +145,7 @@ def _tile(
     V_DIM: gl.constexpr, V_CUT: gl.constexpr, V_REST: gl.constexpr, BLOCK_N: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
     SINKS: gl.constexpr, PLAIN: gl.constexpr, LSE: gl.constexpr, PARTS: gl.constexpr, REGISTERS: gl.constexpr,
-    COPY_WARPS: gl.constexpr, COPY_REGISTERS: gl.constexpr, TURNS: gl.constexpr, SHORT: gl.constexpr,
+    COPY_REGISTERS: gl.constexpr, TURNS: gl.constexpr, SHORT: gl.constexpr,
 ):  # fmt: skip
     """The tile of ``64 * PARTS`` rows whose first, ``token`` of ``head``, is at ``q``, ``out`` and ``lse``."""
     TOKENS: gl.constexpr = 64 * PARTS // PACK
@@ -154,7 +154,7 @@ def _tile(
     queries = pair_of_buffers(dtype, PARTS, 64, CUT, REST)
     keys = pair_of_buffers(dtype, 2, BLOCK_N, CUT, REST)
     values = pair_of_buffers(gl.float16 if FP8 else dtype, 2, BLOCK_N, V_CUT, V_REST)
-    ARRIVALS: gl.constexpr = 1 if TMA else 32 * COPY_WARPS
+    ARRIVALS: gl.constexpr = 1 if TMA else 128
     full, empty = pair_of_barriers(ARRIVALS), pair_of_barriers(PARTS)
     barriers = (full, empty, pair_of_barriers(ARRIVALS), pair_of_barriers(PARTS))
     raw, raw_full = values, barriers[2]
@@ -183,7 +183,7 @@ def _tile(
                             LSE, not TMA, PARTS, TURNS, SHORT)),
                 (produce, (copy, TOKENS, DIM, V_DIM, PAGE_SIZE, TMA, HAS_LEFT, HAS_RIGHT)),
             ],
-            [4, COPY_WARPS], [REGISTERS, COPY_REGISTERS],
+            [4, 4], [REGISTERS, COPY_REGISTERS],
         )  # fmt: skip
     else:
         gl.warp_specialize(
@@ -196,7 +196,7 @@ def _tile(
                             LSE, not TMA, PARTS, TURNS, SHORT)),
                 (produce, (copy, TOKENS, DIM, V_DIM, PAGE_SIZE, TMA, HAS_LEFT, HAS_RIGHT)),
             ],
-            [4, 4, COPY_WARPS], [REGISTERS, REGISTERS, COPY_REGISTERS],
+            [4, 4, 4], [REGISTERS, REGISTERS, COPY_REGISTERS],
         )  # fmt: skip
 
 
@@ -220,7 +220,7 @@ def hopper_prefill(
     V_DIM: gl.constexpr, V_CUT: gl.constexpr, V_REST: gl.constexpr, BLOCK_N: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
     SINKS: gl.constexpr, PLAIN: gl.constexpr, LSE: gl.constexpr, PARTS: gl.constexpr, REGISTERS: gl.constexpr,
-    COPY_WARPS: gl.constexpr, COPY_REGISTERS: gl.constexpr, TURNS: gl.constexpr, SHORT: gl.constexpr,
+    COPY_REGISTERS: gl.constexpr, TURNS: gl.constexpr, SHORT: gl.constexpr,
     Q_SCALES: gl.constexpr, K_SCALES: gl.constexpr, V_SCALES: gl.constexpr,
 ):  # fmt: skip
     """The same as :func:`hal_ops.attention.triton_prefill.prefill_kernel`."""
@@ -253,7 +253,7 @@ def hopper_prefill(
         out, lse, sinks, slopes, head, token, q_len, kv_len, left, right, scale, cap, factor,
         q_stride, q_head_stride, out_stride, out_head_stride,
         HEADS, PACK, 0, True, DIM, CUT, REST, V_DIM, V_CUT, V_REST, BLOCK_N,
-        HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, SINKS, PLAIN, LSE, PARTS, REGISTERS, COPY_WARPS, COPY_REGISTERS,
+        HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, SINKS, PLAIN, LSE, PARTS, REGISTERS, COPY_REGISTERS,
         TURNS, SHORT,
     )  # fmt: skip
 
@@ -276,7 +276,7 @@ def hopper_extend(
     V_DIM: gl.constexpr, V_CUT: gl.constexpr, V_REST: gl.constexpr, BLOCK_N: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
     SINKS: gl.constexpr, PLAIN: gl.constexpr, LSE: gl.constexpr, PARTS: gl.constexpr, REGISTERS: gl.constexpr,
-    COPY_WARPS: gl.constexpr, COPY_REGISTERS: gl.constexpr, TURNS: gl.constexpr, SHORT: gl.constexpr,
+    COPY_REGISTERS: gl.constexpr, TURNS: gl.constexpr, SHORT: gl.constexpr,
 ):  # fmt: skip
     """The same as :func:`hal_ops.attention.triton_extend.extend_kernel`, without FP8."""
     row, head, token, q_start, q_len, kv_len = place_tile(tiles, cu_q, kv_lens, HEADS // PACK, PACK)
@@ -295,6 +295,6 @@ def hopper_extend(
         out, lse, sinks, slopes, head, token, q_len, kv_len, left, right, scale, cap, 1.0,
         q_stride, q_head_stride, out_stride, out_head_stride,
         HEADS, PACK, PAGE_SIZE, TMA, DIM, CUT, REST, V_DIM, V_CUT, V_REST, BLOCK_N,
-        HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, SINKS, PLAIN, LSE, PARTS, REGISTERS, COPY_WARPS, COPY_REGISTERS,
+        HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, SINKS, PLAIN, LSE, PARTS, REGISTERS, COPY_REGISTERS,
         TURNS, SHORT,
     )  # fmt: skip

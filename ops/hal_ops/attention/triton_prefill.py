@@ -113,7 +113,8 @@ class _Prefill:
         self.request = request
         self.dtype = torch_dtype(request.dtype)
         self.gpu = gpu_of(device)
-        self.features = Features.of(request, padded=padded_on(self.gpu.arch, request, cached=False))
+        padded = self.gpu.device.type != "cpu" and padded_on(self.gpu.arch, request, cached=False)
+        self.features = Features.of(request, padded=padded)
         constants = self.features.constants
         constants["KEYS_AS_THEY_ARE"] = keys_as_they_are(self.gpu.arch, request, constants["CUT"], constants["REST"])
         if not configs:
