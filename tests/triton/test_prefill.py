@@ -105,8 +105,10 @@ def test_archs_that_multiply_fp8() -> None:
     assert found == ["sm_89", "sm_90", "sm_100", "sm_120", "gfx950", "gfx1201"]
     fnuz = request.replace(qkv_dtype="float8_e4m3fnuz")
     assert [arch for arch in archs if keys_as_they_are(arch, fnuz, 128, 0)] == ["gfx942"]
-    assert not keys_as_they_are("sm_90", request, 16, 0), "Triton multiplies 32 columns at least"
-    assert not keys_as_they_are("sm_90", request, 32, 16)
+    assert not keys_as_they_are("sm_89", request, 16, 0), "Triton multiplies 32 columns at least"
+    assert not keys_as_they_are("sm_89", request, 32, 16)
+    dims = [n for n in (40, 64, 80, 128, 256) if keys_as_they_are("sm_90", request.replace(head_dim=n), 128, 0)]
+    assert dims == [64, 80, 128], "no others were run there"
     assert not keys_as_they_are("sm_90", request.replace(dtype="float32"), 128, 0)
     assert not keys_as_they_are("sm_90", request.replace(qkv_dtype="float16"), 128, 0)
     assert not keys_as_they_are("gfx950", request.replace(head_dim=256), 256, 0), "registers would be spilled"

@@ -144,16 +144,16 @@ HOPPER_EXTEND = (
 HOPPER_ROWS = (Hopper(128, 128, 128, 2, 88), *HOPPER_EXTEND[2:])
 """For pages that hold no whole blocks, which the copying warps copy row by row: they need more registers."""
 _OCP = ("float8_e4m3fn", "float8_e5m2")
-FP8_PRODUCTS: dict[str, tuple[tuple[str, ...], int]] = {
-    "sm_89": (_OCP, 256),
-    "sm_90": (_OCP, 256),
-    "sm_1[0-9]*": (_OCP, 256),
-    "gfx942": (("float8_e4m3fnuz", "float8_e5m2fnuz"), 256),
-    "gfx950": (_OCP, 128),
-    "gfx12*": (_OCP, 256),
+FP8_PRODUCTS: dict[str, tuple[tuple[str, ...], int, int]] = {
+    "sm_89": (_OCP, 32, 256),
+    "sm_90": (_OCP, 64, 128),
+    "sm_1[0-9]*": (_OCP, 32, 256),
+    "gfx942": (("float8_e4m3fnuz", "float8_e5m2fnuz"), 32, 256),
+    "gfx950": (_OCP, 32, 128),
+    "gfx12*": (_OCP, 32, 256),
 }
-"""Formats that matrix units multiply, by arch (a shell pattern), and the longest heads for which a prefill has them do so:
-on gfx950 registers would be spilled for longer ones.
+"""Formats that matrix units multiply, by arch (a shell pattern), and the shortest and longest heads for which a prefill has
+them do so: on sm_90 those that were run on an H200 and were right; on gfx950 longer ones would spill registers.
 
 "PTX ISA", mma, wgmma, tcgen05; "AMD Instinct MI300 Instruction Set Architecture" and "CDNA4", MFMA; "RDNA4 Instruction Set
 Architecture", WMMA. Sums are float32, but on sm_90 keep 14 bits: that is off by less than weights are in 16 bits."""
@@ -198,8 +198,9 @@ def keys_as_they_are(arch: str, request: AttentionRequest, *columns: int) -> boo
 
     Not for a float32 output, which is meant to be exact.
     """
-    formats, longest = next((known for pattern, known in FP8_PRODUCTS.items() if fnmatchcase(arch, pattern)), ((), 0))
-    fits = request.head_dim <= longest and all(n == 0 or n >= _FP8_COLUMNS for n in columns)
+    known = (row for pattern, row in FP8_PRODUCTS.items() if fnmatchcase(arch, pattern))
+    formats, shortest, longest = next(known, ((), 0, 0))
+    fits = shortest <= request.head_dim <= longest and all(n == 0 or n >= _FP8_COLUMNS for n in columns)
     return request.qkv_dtype in formats and request.dtype != "float32" and fits
 
 
