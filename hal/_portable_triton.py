@@ -51,14 +51,21 @@ def _cache_of_q(request: Request, device: Device) -> Sequence[Reason]:
     assert isinstance(request, AttentionRequest)
     given, own = request.kv_dtype, request.dtype
     if is_fp8(given) or given == own:
-        return cache_format(request, device)
+        return [*cache_format(request, device), *_fp8_heads(request, device, cached=True)]
     text = f"kv_dtype {given} with dtype {own}: the cache is in the dtype of the queries, or in an FP8 format"
     return [Reason("dtype", text, "kv_dtype", given, own)]
 
 
 def _format_of_q(request: Request, device: Device) -> Sequence[Reason]:
     assert isinstance(request, AttentionRequest)
-    return fp8_format(request.qkv_dtype, "qkv_dtype", device)
+    return [*fp8_format(request.qkv_dtype, "qkv_dtype", device), *_fp8_heads(request, device, cached=False)]
+
+
+def _fp8_heads(request: AttentionRequest, device: Device, *, cached: bool) -> Sequence[Reason]:
+    from hal_ops.attention._triton_configs import fp8_heads_on
+
+    text = fp8_heads_on(device.arch.name, request, cached=cached)
+    return [Reason("head_dim", text, "head_dim", str(request.head_dim))] if text else []
 
 
 _ATTENTION: Fields = {

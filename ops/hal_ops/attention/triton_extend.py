@@ -24,7 +24,7 @@ from torch import Tensor
 from hal_ops._gpu import gpu_of
 from hal_ops._triton_columns import vectors
 from hal_ops.attention import masks
-from hal_ops.attention._triton_configs import Config, Hopper, config_of, hopper_of, in_boxes, padded_on
+from hal_ops.attention._triton_configs import Config, Hopper, config_of, fp8_heads_on, hopper_of, in_boxes, padded_on
 from hal_ops.attention._triton_features import Features, check
 from hal_ops.attention._triton_place import place_tile
 from hal_ops.attention._triton_way import Way, gluon_works, key_of, no_boxes
@@ -113,6 +113,9 @@ class _Extend:
     def __init__(self, request: AttentionRequest, device: object, configs: tuple[Config | Hopper, ...]) -> None:
         self.request = request
         self.gpu = gpu_of(device)
+        refused = fp8_heads_on(self.gpu.arch, request, cached=True)
+        if refused:
+            raise ValueError(refused)
         padded = self.gpu.device.type != "cpu" and padded_on(self.gpu.arch, request, cached=True)
         self.features = Features.of(request, padded=padded)
         self.layout = request.kv_layout

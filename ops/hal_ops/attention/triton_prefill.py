@@ -24,7 +24,15 @@ from torch import Tensor
 
 from hal_ops._dtypes import torch_dtype
 from hal_ops._gpu import gpu_of
-from hal_ops.attention._triton_configs import Config, Hopper, config_of, hopper_of, keys_as_they_are, padded_on
+from hal_ops.attention._triton_configs import (
+    Config,
+    Hopper,
+    config_of,
+    fp8_heads_on,
+    hopper_of,
+    keys_as_they_are,
+    padded_on,
+)
 from hal_ops.attention._triton_features import Features, check
 from hal_ops.attention._triton_place import place
 from hal_ops.attention._triton_way import Way, gluon_works, key_of
@@ -113,6 +121,9 @@ class _Prefill:
         self.request = request
         self.dtype = torch_dtype(request.dtype)
         self.gpu = gpu_of(device)
+        refused = fp8_heads_on(self.gpu.arch, request, cached=False)
+        if refused:
+            raise ValueError(refused)
         padded = self.gpu.device.type != "cpu" and padded_on(self.gpu.arch, request, cached=False)
         self.features = Features.of(request, padded=padded)
         constants = self.features.constants
