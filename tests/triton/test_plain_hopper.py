@@ -88,6 +88,19 @@ def test_pages_that_are_copied_row_by_row_have_rows_of_their_own() -> None:
     assert found[16] == found[64] == found[192] == HOPPER_ROWS[0]
 
 
+@pytest.mark.usefixtures("sm_90")
+@pytest.mark.parametrize(("version", "turns"), [("3.6.0", True), ("3.7.1", False), ("3.9.0", False)])
+def test_turns_are_for_the_triton_that_they_were_run_with(
+    version: str, turns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("triton.__version__", version)
+    request = request_of(page_size=128)
+    (way, *_) = prefill(request, "cpu").ways  # type: ignore[attr-defined]
+    assert way.launch.constants(((False, True, 16),))["TURNS"] is turns
+    (config, *_) = extend(request, "cpu").configs  # type: ignore[attr-defined]
+    assert config.turns is turns
+
+
 def test_an_arch_that_nobody_has_named_gets_heads_of_one_part() -> None:
     request = request_of(head_dim=96)
     found = [

@@ -10,7 +10,16 @@ import torch
 
 from hal_ops._gpu import gpu_of
 from hal_ops.attention import AttentionRequest
-from hal_ops.attention._triton_configs import DEFAULT, HOPPER_PREFILL, TABLE, WIDE, Config, Hopper, fp8_heads_on
+from hal_ops.attention._triton_configs import (
+    DEFAULT,
+    HOPPER_PLAIN,
+    HOPPER_PREFILL,
+    TABLE,
+    WIDE,
+    Config,
+    Hopper,
+    fp8_heads_on,
+)
 from hal_ops.attention._triton_features import cut, pack_heads
 from hal_ops.attention.cases import indicator_case, make_case, visible_keys
 from hal_ops.attention.reference import prefill as reference
@@ -238,7 +247,7 @@ def test_heads_of_a_tile() -> None:
 ARCHS = "gfx" if torch.version.hip else "sm_"
 """Configurations of other vendors' archs are not what is run here."""
 CONFIGS = sorted({c for arch in TABLE if arch.startswith(ARCHS) for c in TABLE[arch]} | {*DEFAULT}, key=str)
-HOPPERS = [*HOPPER_PREFILL, Hopper(128, 128, 64, 2, 24), Hopper(256, 256, 32, 2, 24)]
+HOPPERS = [*HOPPER_PREFILL, HOPPER_PLAIN, Hopper(128, 128, 64, 2, 24), Hopper(256, 256, 32, 2, 24)]
 
 
 def head_dims(config: Config | Hopper) -> list[tuple[int, int]]:

@@ -12,6 +12,7 @@ from hal_ops.attention import AttentionRequest
 from hal_ops.attention._triton_configs import (
     HOPPER_EXTEND,
     HOPPER_FP8,
+    HOPPER_PLAIN,
     HOPPER_PREFILL,
     HOPPER_ROWS,
     Config,
@@ -47,7 +48,7 @@ def variants() -> Iterator[Variant]:
                 yield from _with_everything(config, arch)
         for config in configs_of(arch, wide=True):
             yield from _portable(config, (config.dim, config.dim), "float32", arch)
-    for config in HOPPER_PREFILL:
+    for config in (*HOPPER_PREFILL, HOPPER_PLAIN):
         yield _hopper("prefill", config, "bfloat16", 16)
         yield _hopper("prefill", config, "float16", 16, window=1024, softcap=30.0, sinks=True)
     for name in ("float8_e4m3fn", "float8_e5m2"):

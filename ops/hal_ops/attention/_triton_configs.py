@@ -28,6 +28,7 @@ __all__ = [
     "DEFAULT",
     "HOPPER_EXTEND",
     "HOPPER_FP8",
+    "HOPPER_PLAIN",
     "HOPPER_PREFILL",
     "HOPPER_ROWS",
     "Hopper",
@@ -142,7 +143,9 @@ HOPPER_EXTEND = (
     Hopper(256, 256, 64, 2, 24),
 )
 """Of two parts alone, so that the kernel for every arch can serve a plan too."""
-HOPPER_ROWS = (Hopper(128, 128, 128, 2, 88), *HOPPER_EXTEND[2:])
+HOPPER_PLAIN = Hopper(128, 128, 128, 2, 88)
+"""Where turns do not pay, and with a Triton that they were not run with."""
+HOPPER_ROWS = (HOPPER_PLAIN, *HOPPER_EXTEND[2:])
 """For pages that hold no whole blocks, which the copying warps copy row by row: they need more registers."""
 _OCP = ("float8_e4m3fn", "float8_e5m2")
 FP8_PRODUCTS: dict[str, tuple[tuple[str, ...], int, int]] = {

@@ -10,22 +10,34 @@ from torch import Tensor
 
 from hal_ops._gpu import Gpu
 from hal_ops._launch import Launch
-from hal_ops.attention._triton_configs import Config, Hopper
+from hal_ops.attention._triton_configs import HOPPER_PLAIN, Config, Hopper
 from hal_ops.attention._triton_features import Features, pack_heads
 
-__all__ = ["Way", "gluon_works", "key_of", "no_boxes"]
+__all__ = ["Way", "gluon_works", "key_of", "known_turns", "no_boxes"]
 
 Constants = dict[str, Any]
 Boxes = Callable[[Tensor, int], "tuple[Any, ...] | None"]
 
 _GLUON = ((3, 6), (3, 10))
 """Versions of Triton from and before which the Gluon kernels compile; Gluon's names change between versions."""
+_TURNS = (3, 6)
 
 
 def gluon_works() -> bool:
     """Whether this Triton compiles the kernels in :mod:`hal_ops.attention.triton_hopper`."""
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    return _GLUON[0] <= version < _GLUON[1]
+    return _GLUON[0] <= _version() < _GLUON[1]
+
+
+def known_turns(config: Hopper | None) -> Hopper | None:
+    """The configuration, without turns but with the Triton that they were run with.
+
+    They use named barriers, which other versions may number otherwise, and with Triton 3.9 their copying warps spill.
+    """
+    return HOPPER_PLAIN if config is not None and config.turns and _version() != _TURNS else config
+
+
+def _version() -> tuple[int, ...]:
+    return tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
 def no_boxes(x: Tensor, block_n: int) -> tuple[Any, ...] | None:

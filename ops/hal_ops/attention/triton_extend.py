@@ -27,7 +27,7 @@ from hal_ops.attention import masks
 from hal_ops.attention._triton_configs import Config, Hopper, config_of, fp8_heads_on, hopper_of, in_boxes, padded_on
 from hal_ops.attention._triton_features import Features, check
 from hal_ops.attention._triton_place import place_tile
-from hal_ops.attention._triton_way import Way, gluon_works, key_of, no_boxes
+from hal_ops.attention._triton_way import Way, gluon_works, key_of, known_turns, no_boxes
 from hal_ops.attention.contract import PagedAttention, Step
 from hal_ops.attention.reference import check_tensors
 from hal_ops.attention.request import AttentionRequest
@@ -121,7 +121,7 @@ class _Extend:
         self.layout = request.kv_layout
         if not configs:
             boxes = gluon_works() and self.layout != VECTORS
-            hopper = hopper_of(self.gpu.arch, request, cached=True) if boxes else None
+            hopper = known_turns(hopper_of(self.gpu.arch, request, cached=True)) if boxes else None
             configs = (*([hopper] if hopper else []), config_of(self.gpu.arch, request))
         self.configs = configs
         self.ways: dict[int, tuple[Way, ...]] = {}

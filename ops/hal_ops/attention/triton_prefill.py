@@ -35,7 +35,7 @@ from hal_ops.attention._triton_configs import (
 )
 from hal_ops.attention._triton_features import Features, check
 from hal_ops.attention._triton_place import place
-from hal_ops.attention._triton_way import Way, gluon_works, key_of
+from hal_ops.attention._triton_way import Way, gluon_works, key_of, known_turns
 from hal_ops.attention.contract import PrefillAttention
 from hal_ops.attention.reference import check_tensors
 from hal_ops.attention.request import AttentionRequest
@@ -129,7 +129,7 @@ class _Prefill:
         constants = self.features.constants
         constants["KEYS_AS_THEY_ARE"] = keys_as_they_are(self.gpu.arch, request, constants["CUT"], constants["REST"])
         if not configs:
-            hopper = hopper_of(self.gpu.arch, request, cached=False) if gluon_works() else None
+            hopper = known_turns(hopper_of(self.gpu.arch, request, cached=False)) if gluon_works() else None
             configs = (*([hopper] if hopper else []), config_of(self.gpu.arch, request))
         self.ways = tuple(self._way(config) for config in configs)
 
