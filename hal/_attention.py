@@ -120,7 +120,7 @@ class Attention(Planner):
             _inputs.check_dense(self, q, k, v)
             run = self._fresh()
             run = run.for_dense(q, k, v) if hasattr(run, "for_dense") else run
-            if self.request.needs_grad or not _learnt(q, k, v):
+            if self.request.needs_grad or not _same.learnt(q, k, v):
                 self._known = _same.like(q, k, v), run
         return run(q, k, v)
 
@@ -153,7 +153,7 @@ class Attention(Planner):
         step = plan._step
         if (count, tokens) != (len(given), step.num_tokens) or buffers is not plan._buffers or not same(*given):
             _inputs.check_step(self, q, k, v, plan)
-            if not _learnt(*given):
+            if not _same.learnt(*given):
                 self._known_step = _same.like(*given), len(given), step.num_tokens, plan._buffers
         if self._debug_checks:
             _inputs.check_pages(step, cache)
@@ -262,11 +262,6 @@ class Attention(Planner):
 def for_step(prefill: Any, step: Step) -> Any:
     """The call of a step whose keys are its queries' own, without its lengths."""
     return prefill.for_step(step) if hasattr(prefill, "for_step") else with_lengths(prefill, step)
-
-
-def _learnt(*tensors: Tensor) -> bool:
-    """Whether one requires a gradient: whether that is an error depends on the mode of each call."""
-    return any(x.requires_grad for x in tensors)
 
 
 def check_needs_cache(request: AttentionRequest) -> bool:

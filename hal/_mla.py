@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from hal import _devices, _front, _selection, _settings
+from hal import _devices, _front, _same, _selection, _settings
 from hal._argument_kinds import check_step_kinds
 from hal._attention import Attention
 from hal._bind import bind
@@ -57,6 +57,7 @@ class MlaAttention(Planner):
         self._dtype = torch_dtype(self.request.dtype)
         self._max_q_len = self.request.max_q_len
         self._rank = self.request.kv_lora_rank
+        self._known_step: tuple[_same.Same, int, int, Any] = (_same.never, 0, 0, None)
 
     def __call__(
         self, q: Tensor, latent: Tensor | None = None, *, cache: MlaCache, plan: Plan, return_lse: bool = False
@@ -98,13 +99,17 @@ class MlaAttention(Planner):
 
     def _put(self, latent: Tensor, cache: MlaCache, plan: Plan) -> None:
         slots = plan._step.slot_mapping
-        entry, pages, rank = latent.unsqueeze(1), cache.data.unsqueeze(2), self._rank
+        entry, rank = latent.unsqueeze(1), self._rank
         if plan._buffers is not None:
             slots = slots[: latent.shape[0]]
         self._write(
-            entry[..., :rank], entry[..., rank:], pages[..., :rank], pages[..., rank:], slots,
-            k_scale=cache.kv_scale, v_scale=cache.kv_scale,
-        )  # fmt: skip
+            entry[..., :rank],
+            entry[..., rank:],
+            *cache.parts(rank),
+            slots,
+            k_scale=cache.kv_scale,
+            v_scale=cache.kv_scale,
+        )
 
     def _check(self, tensors: Mapping[str, Tensor], cache: MlaCache, plan: Plan) -> None:
         if not isinstance(plan, Plan) or not isinstance(cache, MlaCache):
@@ -113,10 +118,13 @@ class MlaAttention(Planner):
         if cache._checked_by is not self:
             check_cache(self, cache)
             cache._checked_by = self
-        sizes = [plan.num_tokens]
-        if plan._buffers is not None:
-            sizes.append(plan._buffers.sizes["max_tokens"])
-        check_tensors(self, tensors, sizes)
+        given = tensors.values()
+        same, count, tokens, buffers = self._known_step
+        if (count, tokens) != (len(given), plan.num_tokens) or buffers is not plan._buffers or not same(*given):
+            sizes = [plan.num_tokens] if plan._buffers is None else [plan.num_tokens, plan._buffers.sizes["max_tokens"]]
+            check_tensors(self, tensors, sizes)
+            if not _same.learnt(*given):
+                self._known_step = _same.like(*given), len(given), plan.num_tokens, plan._buffers
         if self._debug_checks:
             check_pages(plan._step, cache)
 

@@ -24,7 +24,7 @@ class MlaCache:
     tensor of one element. An engine that owns its memory wraps a view of it.
     """
 
-    __slots__ = ("_checked_by", "data", "kv_scale")
+    __slots__ = ("_checked_by", "_parts", "data", "kv_scale")
 
     def __init__(self, data: Tensor, *, kv_scale: Any = None) -> None:
         """Wrap an existing tensor.
@@ -43,6 +43,15 @@ class MlaCache:
         self.data: Tensor = data
         self.kv_scale: Tensor | None = self._scale(kv_scale)
         self._checked_by: Any = None
+        self._parts: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def parts(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Latents and rotated keys as pages of one head, ``[num_pages, page_size, 1, dim]``: views, made once."""
+        kept = self._parts
+        if kept is None or kept[0] is not self.data:
+            pages = self.data.unsqueeze(2)
+            kept = self._parts = self.data, pages[..., :rank], pages[..., rank:]
+        return kept[1], kept[2]
 
     def _scale(self, value: Any) -> Tensor | None:
         import torch

@@ -62,7 +62,7 @@ def _format_of_q(request: Request, device: Device) -> Sequence[Reason]:
 
 
 def _fp8_heads(request: AttentionRequest, device: Device, *, cached: bool) -> Sequence[Reason]:
-    from hal_ops.attention._triton_configs import fp8_heads_on
+    from hal_ops.attention.triton_limits import fp8_heads_on
 
     text = fp8_heads_on(device.arch.name, request, cached=cached)
     return [Reason("head_dim", text, "head_dim", str(request.head_dim))] if text else []

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Known", "Same", "known_first", "like", "never"]
+__all__ = ["Known", "Same", "known_first", "learnt", "like", "never"]
 
 Same = Callable[..., bool]
 Known = tuple[Same, Callable[[Any, Any, Any], Any]]
@@ -57,6 +57,11 @@ def like(*tensors: Tensor) -> Same:
         return guard(*tensors)
     except (ImportError, AttributeError, TypeError, RuntimeError):
         return compare(*tensors)
+
+
+def learnt(*tensors: Tensor) -> bool:
+    """Whether one requires a gradient: whether that is an error depends on the mode of each call."""
+    return any(x.requires_grad for x in tensors)
 
 
 def guard(*tensors: Tensor) -> Same:

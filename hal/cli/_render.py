@@ -108,9 +108,13 @@ def _parts(cell: Any) -> tuple[str, ...]:
     return (cell,) if isinstance(cell, str) else tuple(cell)
 
 
+_WIDE = 60
+"""Characters of a cell for which a whole plain column is made as wide; longer ones stand out of theirs."""
+
+
 def _plain_table(headers: Sequence[str], rows: list[tuple[tuple[str, ...], ...]], indent: int) -> None:
     lines = [tuple(headers), *(tuple("; ".join(cell) for cell in row) for row in rows)]
-    widths = [max(len(row[i]) for row in lines) for i in range(len(headers))]
+    widths = [max(len(row[i]) for row in lines if len(row[i]) <= _WIDE or row is lines[0]) for i in range(len(headers))]
     for row in lines:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
         click.echo(" " * indent + "  ".join(cells).rstrip())

@@ -90,8 +90,16 @@ def _libraries(around: Circumstances) -> list[dict[str, Any]]:
     for kernel in around.registry.kernels.values():
         for needs in kernel.needs:
             wanted.setdefault(needs.library, needs.names())
-            kernels.setdefault(needs.library, []).append(kernel)
+        for library in _told_of({needs.library for needs in kernel.needs}):
+            kernels.setdefault(library, []).append(kernel)
     return [_library(name, wanted[name], kernels.get(name, []), around) for name in sorted(wanted)]
+
+
+def _told_of(libraries: set[str]) -> set[str]:
+    """Where a kernel is told of, by the libraries that it needs: what all others are built on has its own kernels."""
+    for base in ("torch", "triton"):
+        libraries = libraries - {base} or libraries
+    return libraries
 
 
 def _library(name: str, names: Sequence[str], kernels: Sequence[Kernel], around: Circumstances) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import hal
-from hal import _inputs, _same
+from hal import _inputs, _mla, _same
 from hal.errors import InputError, PlanMismatchError
 
 SMALL: dict[str, Any] = {
@@ -117,3 +117,30 @@ def test_pages_are_checked_each_time_where_that_is_asked_for(monkeypatch: pytest
     plan.update(q_lens=[1, 1], kv_lens=[5, 5], block_table=[[0, 1], [2, 9]])
     with pytest.raises(InputError, match="page 9"):
         handle(**step(), cache=cache, plan=plan)
+
+
+@pytest.mark.parametrize("like", ["guard", "compare"])
+def test_steps_of_latents_alike_are_checked_once(like: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # requirement C6, C7
+    monkeypatch.setattr(_same, "like", getattr(_same, like))
+    hal.reset()
+    handle = hal.get_mla_attention(
+        num_q_heads=2, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, dtype="float32",
+        device="cpu", page_size=4,
+    )  # fmt: skip
+    seen: list[int] = []
+    real = _mla.check_tensors
+    monkeypatch.setattr(_mla, "check_tensors", lambda *args: (seen.append(len(args[1])), real(*args))[1])
+    cache = handle.allocate_kv_cache(6)
+    plan = handle.plan(q_lens=[1, 1], kv_lens=[5, 5], block_table=[[0, 1], [2, 3]])
+    q, latent = torch.randn(2, 2, 24), torch.randn(2, 24)
+    outs = [handle(q, latent, cache=cache, plan=plan) for _ in range(3)]
+    assert seen == [2]
+    assert torch.equal(outs[0], outs[2])
+    cache.data = torch.zeros_like(cache.data)
+    handle(q, latent, cache=cache, plan=plan)
+    assert torch.equal(cache.data[1, 0], latent[0]), "what replaced the pages is written to"
+    for wrong in ({"q": q[:1]}, {"latent": latent.double()}, {"latent": latent.requires_grad_()}):
+        with pytest.raises(InputError):
+            handle(**{"q": q, "latent": latent.detach(), **wrong}, cache=cache, plan=plan)
+    hal.reset()

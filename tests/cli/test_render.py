@@ -109,3 +109,18 @@ def test_a_pipe_gets_plain_ascii_rows() -> None:
     row = next(line for line in out.decode().splitlines() if "reference.prefill" in line)
     assert "any device" in row
     assert "torch-hal" in row
+
+
+def test_a_long_cell_makes_no_plain_column_wide(capsys) -> None:
+    _render.table(("name", "what", "why"), [("a", "x" * 200, "y"), ("b", "short", "z")])
+    expected = ["  name  what   why", f"  a     {'x' * 200}  y", "  b     short  z"]
+    assert capsys.readouterr().out.splitlines() == expected
+
+
+def test_a_kernel_is_told_of_by_the_library_that_is_its_own(hal_json) -> None:
+    """Everything needs torch: its row has what needs nothing else, and Triton's what needs nothing but these two."""
+    rows = {row["library"]: row["kernels"] for row in hal_json("doctor")["libraries"]}
+    assert {name.partition(".")[0] for name in rows["triton"]} == {"triton"}
+    assert "reference.prefill" in rows["torch"]
+    assert not {"triton.prefill", "fa3.prefill", "aiter.prefill"} & {*rows["torch"]}
+    assert "fa3.prefill" in rows["flash-attn-3"]

@@ -9,8 +9,9 @@ import pytest
 
 import hal
 from hal_ops.attention import AttentionRequest
-from hal_ops.attention._triton_configs import fp8_heads_on, keys_as_they_are
+from hal_ops.attention._triton_configs import keys_as_they_are
 from hal_ops.attention.triton_extend import extend
+from hal_ops.attention.triton_limits import fp8_heads_on
 from hal_ops.attention.triton_prefill import prefill
 
 

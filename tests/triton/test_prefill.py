@@ -18,11 +18,11 @@ from hal_ops.attention._triton_configs import (
     WIDE,
     Config,
     Hopper,
-    fp8_heads_on,
 )
 from hal_ops.attention._triton_features import cut, pack_heads
 from hal_ops.attention.cases import indicator_case, make_case, visible_keys
 from hal_ops.attention.reference import prefill as reference
+from hal_ops.attention.triton_limits import fp8_heads_on
 from hal_ops.attention.triton_prefill import prefill
 
 Check = Callable[[Any], None]

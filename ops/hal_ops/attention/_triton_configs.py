@@ -36,7 +36,6 @@ __all__ = [
     "WIDE",
     "config_of",
     "configs_of",
-    "fp8_heads_on",
     "hopper_of",
     "in_boxes",
     "keys_as_they_are",
@@ -195,24 +194,6 @@ def padded_on(arch: str, request: AttentionRequest, *, cached: bool) -> bool:
     """
     unnamed = not any(fnmatchcase(arch, pattern) for pattern in TABLE)
     return unnamed or (arch == "sm_90" and is_fp8(_read(request, cached)))
-
-
-def fp8_heads_on(arch: str, request: AttentionRequest, *, cached: bool) -> str:
-    """Why these kernels do not serve FP8 keys and values of such head dims on an arch; nothing where they do.
-
-    On an H200 with Triton 3.6.0 a prefill with heads of 40 and values of 16 gave wrong values, and read illegally when
-    padded further; 64, 80, 96, 128 and 256, and values of 32, were right. Other rows of less than 16 bytes were not run.
-    """
-    dim, v_dim = request.head_dim, request.v_head_dim
-    if (
-        arch != "sm_90"
-        or not is_fp8(_read(request, cached))
-        or (dim >= 64 and v_dim >= 32 and dim % 16 == v_dim % 16 == 0)
-    ):
-        return ""
-    return (
-        f"head_dim {dim} and v_head_dim {v_dim} in FP8 on {arch}: needs multiples of 16 from 64, and from 32 for values"
-    )
 
 
 def keys_as_they_are(arch: str, request: AttentionRequest, *columns: int) -> bool:

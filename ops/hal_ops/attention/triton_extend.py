@@ -24,7 +24,7 @@ from torch import Tensor
 from hal_ops._gpu import gpu_of
 from hal_ops._triton_columns import vectors
 from hal_ops.attention import masks
-from hal_ops.attention._triton_configs import Config, Hopper, config_of, fp8_heads_on, hopper_of, in_boxes, padded_on
+from hal_ops.attention._triton_configs import Config, Hopper, config_of, hopper_of, in_boxes, padded_on
 from hal_ops.attention._triton_features import Features, check
 from hal_ops.attention._triton_place import place_tile
 from hal_ops.attention._triton_way import Way, gluon_works, key_of, known_turns, no_boxes
@@ -32,6 +32,7 @@ from hal_ops.attention.contract import PagedAttention, Step
 from hal_ops.attention.reference import check_tensors
 from hal_ops.attention.request import AttentionRequest
 from hal_ops.attention.triton_common import tile
+from hal_ops.attention.triton_limits import fp8_heads_on
 from hal_ops.kv_layout import VECTORS, by_token
 
 __all__ = ["extend", "extend_kernel"]

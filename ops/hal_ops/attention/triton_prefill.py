@@ -28,7 +28,6 @@ from hal_ops.attention._triton_configs import (
     Config,
     Hopper,
     config_of,
-    fp8_heads_on,
     hopper_of,
     keys_as_they_are,
     padded_on,
@@ -40,6 +39,7 @@ from hal_ops.attention.contract import PrefillAttention
 from hal_ops.attention.reference import check_tensors
 from hal_ops.attention.request import AttentionRequest
 from hal_ops.attention.triton_common import tile
+from hal_ops.attention.triton_limits import fp8_heads_on
 
 __all__ = ["prefill", "prefill_kernel"]
 
