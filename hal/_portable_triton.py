@@ -65,7 +65,7 @@ def _fp8_heads(request: AttentionRequest, device: Device, *, cached: bool) -> Se
     from hal_ops.attention.triton_limits import fp8_heads_on
 
     text = fp8_heads_on(device.arch.name, request, cached=cached)
-    return [Reason("head_dim", text, "head_dim", str(request.head_dim))] if text else []
+    return [Reason("head_dim", text, "head_dim", str(request.head_dim), "64")] if text else []
 
 
 _ATTENTION: Fields = {

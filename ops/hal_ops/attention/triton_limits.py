@@ -12,8 +12,8 @@ def fp8_heads_on(arch: str, request: AttentionRequest, *, cached: bool) -> str:
     """Why these kernels do not serve FP8 keys and values of such head dims on an arch; nothing where they do.
 
     On an H200 with Triton 3.6.0 a prefill with heads of 40 and values of 16 gave wrong values, and read illegally when
-    padded further; 64, 80, 96 and 128 (256 in an extend), and values of 32, were right. Other rows whose bytes are no multiple
-    of 16 were not run.
+    padded further; 64, 80, 96 and 128 (256 in an extend), and values of 32, were right. Other rows whose bytes are no
+    multiple of 16 were not run.
     """
     dim, v_dim = request.head_dim, request.v_head_dim
     if (
