@@ -174,7 +174,7 @@ class _Prefill:
 
 
 class _Planned:
-    """Prefill of a step whose keys are its queries' own."""
+    """Prefill of a step whose keys are its queries' own. No request that cuDNN serves has sinks or slopes."""
 
     def __init__(self, prefill: _Prefill, lens: tuple[int, ...]) -> None:
         self._prefill = prefill
@@ -184,23 +184,10 @@ class _Planned:
         plain = self._rows and not prefill.needs_grad
         self._even = prefill.even_step(self._rows, lens[0]) if plain else None
 
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        cu_seqlens_q: Tensor | None = None,
-        cu_seqlens_k: Tensor | None = None,
-        max_seqlen_q: int | None = None,
-        max_seqlen_k: int | None = None,
-        sinks: Tensor | None = None,
-        alibi_slopes: Tensor | None = None,
-        return_lse: bool = False,
-    ) -> Any:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False) -> Any:
         rest = q.shape[0] - self._tokens
-        if sinks is not None or alibi_slopes is not None or not q.shape[0]:
-            return self._prefill(q, k, v, sinks=sinks, alibi_slopes=alibi_slopes, return_lse=return_lse)
+        if not q.shape[0]:
+            return self._prefill(q, k, v, return_lse=return_lse)
         if self._even is not None and not (rest or return_lse):
             return self._even(q, k, v)
         if self._rows and not rest:
