@@ -187,7 +187,7 @@ def _from_variable(name: str, text: str) -> dict[str, Value]:
         near = (
             " Write HAL_OP_<NAME> with the name of an op."
             if name.startswith("HAL_OP")
-            else did_you_mean(name, _BY_NAME)
+            else did_you_mean(name, _BY_NAME, prefix="HAL_")
         )
         raise SettingError(
             f"unknown variable {name}.{near} `hal env` lists every variable; unset the others", setting=name

@@ -45,10 +45,10 @@ __all__ = [
 ]
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """``" Did you mean 'x'?"`` for the nearest of ``known``, or an empty string."""
-    near = difflib.get_close_matches(name.lower(), {k.lower(): k for k in known}, n=1, cutoff=0.55)
-    spelled = {k.lower(): k for k in known}
+def did_you_mean(name: str, known: Iterable[str], *, prefix: str = "") -> str:
+    """``" Did you mean 'x'?"`` for the nearest of ``known``, or an empty string. A ``prefix`` of all does not count."""
+    spelled = {k.removeprefix(prefix).lower(): k for k in known}
+    near = difflib.get_close_matches(name.removeprefix(prefix).lower(), spelled, n=1, cutoff=0.55)
     return f" Did you mean {spelled[near[0]]!r}?" if near else ""
 
 

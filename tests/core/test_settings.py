@@ -161,3 +161,17 @@ def test_override_with_none_means_the_default(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("HAL_ATTENTION", "fa3")
     with hal.override(attention=None):
         assert _settings.current()["attention"] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("HAL_PLUGIN", "HAL_PLUGINS"), ("HAL_STRCT", "HAL_STRICT"), ("HAL_KERNL", "")]
+)
+def test_what_all_variables_begin_with_makes_none_the_nearest(
+    name: str, meant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:  # requirement X3
+    monkeypatch.setenv(name, "x")
+    with pytest.raises(SettingError) as caught:
+        _settings.current()
+    assert (f"Did you mean '{meant}'" if meant else "") in str(caught.value)
+    assert ("Did you mean" in str(caught.value)) is bool(meant)
+    assert "`hal env` lists every variable" in str(caught.value)
