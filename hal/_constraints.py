@@ -109,6 +109,7 @@ class MultipleOf(Constraint):
     step: int
     low: int | None = None
     high: int | None = None
+    samples: tuple[int, ...] = ()
 
     def admits(self, value: Any, request: Request) -> bool:
         return value % self.step == 0 and value >= self._low() and (self.high is None or value <= self.high)
@@ -124,7 +125,7 @@ class MultipleOf(Constraint):
 
     def corners(self, request: Request) -> tuple[Any, ...]:
         top = self._low() + 2 * self.step if self.high is None else self.high // self.step * self.step
-        return tuple(dict.fromkeys((self._low(), min(self._low() + self.step, top), top)))
+        return tuple(dict.fromkeys((self._low(), min(self._low() + self.step, top), top, *self.samples)))
 
     def _low(self) -> int:
         return self.step if self.low is None else self.low

@@ -51,20 +51,34 @@ def _cache_of_q(request: Request, device: Device) -> Sequence[Reason]:
     assert isinstance(request, AttentionRequest)
     given, own = request.kv_dtype, request.dtype
     if is_fp8(given) or given == own:
-        return [*cache_format(request, device), *_fp8_heads(request, device, cached=True)]
+        return cache_format(request, device)
     text = f"kv_dtype {given} with dtype {own}: the cache is in the dtype of the queries, or in an FP8 format"
     return [Reason("dtype", text, "kv_dtype", given, own)]
 
 
-def _format_of_q(request: Request, device: Device) -> Sequence[Reason]:
+def _prefill(request: Request, device: Device) -> Sequence[Reason]:
+    from hal_ops.attention.triton_limits import heads_on
+
     assert isinstance(request, AttentionRequest)
-    return [*fp8_format(request.qkv_dtype, "qkv_dtype", device), *_fp8_heads(request, device, cached=False)]
+    text = heads_on(device.arch.name, request, cached=False)
+    return [*fp8_format(request.qkv_dtype, "qkv_dtype", device), *_heads(request, text)]
 
 
-def _fp8_heads(request: AttentionRequest, device: Device, *, cached: bool) -> Sequence[Reason]:
+def _extend(request: Request, device: Device) -> Sequence[Reason]:
+    from hal_ops.attention.triton_limits import heads_on
+
+    assert isinstance(request, AttentionRequest)
+    return [*_cache_of_q(request, device), *_heads(request, heads_on(device.arch.name, request, cached=True))]
+
+
+def _decode(request: Request, device: Device) -> Sequence[Reason]:
     from hal_ops.attention.triton_limits import fp8_heads_on
 
-    text = fp8_heads_on(device.arch.name, request, cached=cached)
+    assert isinstance(request, AttentionRequest)
+    return [*_cache_of_q(request, device), *_heads(request, fp8_heads_on(device.arch.name, request, cached=True))]
+
+
+def _heads(request: AttentionRequest, text: str) -> Sequence[Reason]:
     return [Reason("head_dim", text, "head_dim", str(request.head_dim), "64")] if text else []
 
 
@@ -116,9 +130,9 @@ _MERGE: Fields = {
 }
 
 KERNELS = (
-    _kernel("attention", "prefill", "hal_ops.attention.triton_prefill:prefill", _PREFILL, _PREFILL_ON, _format_of_q),
-    _kernel("attention", "extend", "hal_ops.attention.triton_extend:extend", _EXTEND, _EXTEND_ON, _cache_of_q),
-    _kernel("attention", "decode", "hal_ops.attention.triton_decode:decode", _DECODE, _DECODE_ON, _cache_of_q),
+    _kernel("attention", "prefill", "hal_ops.attention.triton_prefill:prefill", _PREFILL, _PREFILL_ON, _prefill),
+    _kernel("attention", "extend", "hal_ops.attention.triton_extend:extend", _EXTEND, _EXTEND_ON, _extend),
+    _kernel("attention", "decode", "hal_ops.attention.triton_decode:decode", _DECODE, _DECODE_ON, _decode),
     _kernel("kv_cache_write", "call", "hal_ops.kv_cache.triton_write:write", _WRITE, check=cache_format),
     _kernel("merge_attention_states", "call", "hal_ops.merge_states.triton_merge:merge", _MERGE),
 )

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from hal_ops._gpu import gpu_of
 from hal_ops.attention import AttentionRequest
 from hal_ops.attention._triton_configs import HOPPER_EXTEND, HOPPER_ROWS, TABLE, WIDE, Config, Hopper
 from hal_ops.attention.cases import indicator_case, make_case, visible_keys
@@ -267,13 +268,20 @@ CONFIGS: list[Config | Hopper] = [
 LENGTHS = [(300, 300), (0, 0), (5, 5), (0, 7), (129, 700), (1, 513), (33, 290), (260, 1000)]
 
 
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel of Hopper makes several tiles a program, as over long inputs."""
+    few = dataclasses.replace(gpu_of("cuda"), multiprocessors=5)
+    monkeypatch.setattr("hal_ops.attention.triton_extend.gpu_of", lambda _: few)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize(("page_size", "layout"), [(16, "NHD"), (64, "HND"), (128, "HND"), (256, "NHD"), (1, "NHD")])
 def test_every_configuration_is_right(
-    config: Config | Hopper, page_size: int, layout: str, assert_right: Check
+    config: Config | Hopper, page_size: int, layout: str, assert_right: Check, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Triton 3.5 to 3.6 and their ptxas have compiled single configurations wrongly (lmdeploy#4920, fla#1262)."""
+    few_programs(monkeypatch)
     dims = [(64, 64), (80, 80), (128, 128), (192, 128), (256, 256)]
     dims = [d for d in dims if config.dim // 2 < d[0] <= config.dim or d[0] < config.dim == 128]
     for k_dim, v_dim in dims:
@@ -289,14 +297,25 @@ def test_every_configuration_is_right(
 @pytest.mark.gpu
 @pytest.mark.parametrize("kv_dtype", ["float8_e4m3fn", "float8_e5m2"])
 @pytest.mark.parametrize("kv_scale", ["tensor", "head"])
-def test_fp8_caches(kv_dtype: str, kv_scale: str, assert_right: Check) -> None:  # requirement B6, B7, D12
-    for dim, layout, dtype in (
-        (64, "NHD", "float16"),
-        (80, "NHD", "bfloat16"),
-        (128, "HND", "bfloat16"),
-        (256, "NHD", "bfloat16"),
+@pytest.mark.parametrize("programs", ["few", "all"])
+def test_fp8_caches(
+    kv_dtype: str, kv_scale: str, programs: str, assert_right: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:  # requirement B6, B7, D12
+    if programs == "few":
+        few_programs(monkeypatch)
+    for dim, page_size, layout, fields in (
+        (64, 16, "NHD", {"dtype": "float16"}),
+        (64, 128, "NHD", {"window": 400, "return_lse": True}),
+        (80, 16, "NHD", {}),
+        (128, 16, "HND", {"sinks": True, "return_lse": True}),
+        (128, 64, "NHD", {"softcap": 9.0}),
+        (128, 128, "HND", {"causal": False}),
+        (256, 16, "NHD", {}),
     ):
-        request = request_of(head_dim=dim, kv_dtype=kv_dtype, kv_scale=kv_scale, kv_layout=layout, dtype=dtype)
+        request = request_of(
+            head_dim=dim, kv_dtype=kv_dtype, kv_scale=kv_scale, kv_layout=layout, page_size=page_size,
+            **{"dtype": "bfloat16", **fields},
+        )  # fmt: skip
         for scale in ("normal", "outliers"):
             case = make_case(request, "extend", device="cuda", lengths=LENGTHS, scale=scale, oracle="cuda")
             assert_right(case.check(extend(request, "cuda")))

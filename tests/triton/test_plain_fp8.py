@@ -66,11 +66,11 @@ def test_fp8_heads_that_went_wrong_on_hopper_are_refused(head_dim: int, v_head_d
 
 @pytest.mark.parametrize("phase", ["prefill", "extend"])
 def test_the_functions_say_so_too(phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    fields: dict[str, Any] = {"head_dim": 40, "phases": phase}
+    fields: dict[str, Any] = {"head_dim": 32, "phases": phase}
     fp8 = {"qkv_dtype": "float8_e4m3fn"} if phase == "prefill" else {"kv_dtype": "float8_e4m3fn", "page_size": 16}
     make: Any = prefill if phase == "prefill" else extend
     module = f"hal_ops.attention.triton_{phase}"
     real = make.__globals__["gpu_of"]
     monkeypatch.setattr(f"{module}.gpu_of", lambda device: dataclasses.replace(real(device), arch="sm_90"))
-    with pytest.raises(ValueError, match="head_dim 40 and v_head_dim 40 in FP8 on sm_90"):
+    with pytest.raises(ValueError, match="head_dim 32 and v_head_dim 32 in FP8 on sm_90"):
         make(request_of(**fields, **fp8, **({"kv_layout": "NHD"} if phase == "extend" else {})), "cpu")

@@ -13,9 +13,11 @@ from hal_ops.attention import AttentionRequest
 from hal_ops.attention._triton_configs import (
     HOPPER_EXTEND,
     HOPPER_FP8,
+    HOPPER_FP8_CACHE,
     HOPPER_PREFILL,
     HOPPER_ROWS,
     Hopper,
+    config_of,
     hopper_of,
     padded_on,
 )
@@ -23,7 +25,7 @@ from hal_ops.attention._triton_features import Features
 from hal_ops.attention.triton_extend import extend
 from hal_ops.attention.triton_prefill import prefill
 
-CONFIGS = sorted({*HOPPER_PREFILL, HOPPER_FP8, *HOPPER_EXTEND, *HOPPER_ROWS}, key=str)
+CONFIGS = sorted({*HOPPER_PREFILL, HOPPER_FP8, *HOPPER_EXTEND, *HOPPER_ROWS, *HOPPER_FP8_CACHE}, key=str)
 
 
 @pytest.fixture
@@ -48,11 +50,48 @@ def test_the_kernel_has_all_constants(config: Hopper, phase: str) -> None:
     config = dataclasses.replace(config, parts=2)
     if phase == "prefill":
         impl: Any = prefill(request, "cpu", configs=(config,))
-        constants = impl.ways[0].launch.constants(((False, True, 16),))
+        constants = impl.ways[0].launch.constants(((False, True, 16), True))
     else:
         impl = extend(request, "cpu", configs=(config,))
-        constants = impl._ways(config.block_m)[0].launch.constants(((False, 0, 0, 0, 0),))
+        constants = impl._ways(config.block_m)[0].launch.constants(((False, 0, 0, 0, 0), True))
     assert config.constants.items() <= constants.items()
+
+
+@pytest.mark.usefixtures("sm_90")
+@pytest.mark.parametrize("kernel", ["hopper", "for every arch"])
+def test_programs_are_no_more_than_multiprocessors(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel of Hopper is told how many tiles there are; the other has a program a tile."""
+    request = request_of()
+    configs = {"configs": (config_of("sm_90", request),)} if kernel != "hopper" else {}
+    (way, *_) = prefill(request, "cpu", **configs).ways  # type: ignore[attr-defined, arg-type]
+    launched: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(way, "launch", lambda *args: launched.append(args))
+    for tiles in (7, 132, 1000):
+        way.run(tiles, ("key",), ("box",), "q")
+    way.run(1000, ("key",), ("box",), "q", loop=False)
+    numbers = ((7, 7), (132, 132), (132, 1000), (1000, 1000))
+    told = [(n, ("key", n < tiles), "box", tiles, "q") for n, tiles in numbers]
+    assert launched == (told if kernel == "hopper" else [(n, ("key",), "q") for n in (7, 132, 1000, 1000)])
+
+
+@pytest.mark.usefixtures("sm_90")
+@pytest.mark.parametrize(
+    ("fields", "keys", "tiles", "sections", "loop"),
+    [
+        ({}, 2048, 4096, False, True),
+        ({}, 16384, 4096, False, False),
+        ({"window": 1024}, 32768, 4096, True, True),
+        ({"causal": False}, 2048, 384, True, True),
+        ({"causal": False}, 8192, 4096, False, False),
+        ({}, 4096, 384, True, False),
+        ({}, 4096, 2048, True, True),
+    ],
+)
+def test_long_and_uneven_tiles_are_handed_out_by_the_hardware(
+    fields: dict[str, Any], keys: int, tiles: int, sections: bool, loop: bool
+) -> None:
+    impl: Any = prefill(request_of(**fields), "cpu")
+    assert impl._loop(impl.ways[0], keys, tiles, sections) is loop
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
@@ -79,7 +118,16 @@ def test_fp8_prefill_of_heads_of_128_has_a_row() -> None:
     assert hopper_of("sm_90", request, cached=False) is HOPPER_FP8
     for other in ({"head_dim": 64}, {"v_head_dim": 64}, {"dtype": "float32"}, {"qkv_dtype": "float8_e4m3fnuz"}):
         assert hopper_of("sm_90", request.replace(**other), cached=False) is None
-    assert hopper_of("sm_90", request_of(kv_dtype="float8_e4m3fn"), cached=True) is None
+
+
+def test_fp8_caches_have_rows_for_heads_of_64_and_128() -> None:
+    for dim, config in zip((64, 128), HOPPER_FP8_CACHE, strict=True):
+        for name in ("float8_e4m3fn", "float8_e5m2"):
+            assert hopper_of("sm_90", request_of(head_dim=dim, kv_dtype=name), cached=True) is config
+    for other in ({"head_dim": 80}, {"v_head_dim": 64}, {"dtype": "float32"}, {"head_dim": 256}):
+        request = request_of(kv_dtype="float8_e4m3fn").replace(**other)
+        assert hopper_of("sm_90", request, cached=True) is None
+    assert hopper_of("sm_90", request_of(kv_dtype="float8_e4m3fnuz"), cached=True) is None
 
 
 def test_pages_that_are_copied_row_by_row_have_rows_of_their_own() -> None:
@@ -96,7 +144,7 @@ def test_turns_are_for_the_triton_that_they_were_run_with(
     monkeypatch.setattr("triton.__version__", version)
     request = request_of(page_size=128)
     (way, *_) = prefill(request, "cpu").ways  # type: ignore[attr-defined]
-    assert way.launch.constants(((False, True, 16),))["TURNS"] is turns
+    assert way.launch.constants(((False, True, 16), True))["TURNS"] is turns
     (config, *_) = extend(request, "cpu").configs  # type: ignore[attr-defined]
     assert config.turns is turns
 

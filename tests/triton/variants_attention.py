@@ -12,6 +12,7 @@ from hal_ops.attention import AttentionRequest
 from hal_ops.attention._triton_configs import (
     HOPPER_EXTEND,
     HOPPER_FP8,
+    HOPPER_FP8_CACHE,
     HOPPER_PLAIN,
     HOPPER_PREFILL,
     HOPPER_ROWS,
@@ -53,6 +54,9 @@ def variants() -> Iterator[Variant]:
         yield _hopper("prefill", config, "float16", 16, window=1024, softcap=30.0, sinks=True)
     for name in ("float8_e4m3fn", "float8_e5m2"):
         yield _hopper("prefill", HOPPER_FP8, "bfloat16", 16, qkv_dtype=name, phases="prefill")
+        for config in HOPPER_FP8_CACHE:
+            for page_size in (16, config.block_n):
+                yield _hopper("extend", config, "bfloat16", page_size, kv_dtype=name)
     for config in HOPPER_EXTEND:
         yield _hopper("extend", config, "bfloat16", config.block_n)
     for config in HOPPER_ROWS:
@@ -97,10 +101,10 @@ def _extend(config: Config, dims: tuple[int, int], dtype: str, arch: str, **fiel
 def _hopper(phase: str, config: Hopper, dtype: str, page_size: int, **fields: Any) -> Variant:
     request = _request((config.dim, config.v_dim), dtype, page_size=page_size, **fields)
     tma = phase == "prefill" or in_boxes(config, request)
-    constants = {"RAGGED": True, "UNIT": 16, "TMA": tma, "LSE": phase == "prefill"}
-    scales = 0 if request.qkv_dtype == dtype else 1
-    known = ("Q_SCALES", "K_SCALES", "V_SCALES")
-    constants |= {"PAGE_SIZE": page_size} if phase == "extend" else dict.fromkeys(known, scales)
+    constants = {"RAGGED": True, "UNIT": 16, "TMA": tma, "LSE": phase == "prefill", "LOOP": True}
+    scales = 0 if (request.qkv_dtype if phase == "prefill" else request.kv_dtype) == dtype else 1
+    constants |= dict.fromkeys(("Q_SCALES", "K_SCALES", "V_SCALES"), scales)
+    constants |= {"PAGE_SIZE": page_size} if phase == "extend" else {}
     label = f"{_label(request, 'sm_90', config)}{f', page {page_size}' * (phase == 'extend')}"
     return _variant(HOPPER_KERNELS[phase], label, config, request, constants, ("sm_90",))
 
@@ -174,7 +178,7 @@ def _box(name: str, config: Config | Hopper, request: AttentionRequest, constant
     """A box of the copy engine, or a pointer where there is none."""
     width = cut(request.head_dim if name[0] == "k" else request.v_head_dim)[name.endswith("rest")]
     block = [config.block_n, width]
-    element = TYPES[request.dtype if "PAGE_SIZE" in constants else request.qkv_dtype]
+    element = TYPES[request.kv_dtype if "PAGE_SIZE" in constants else request.qkv_dtype]
     if not constants["TMA"] or not width:
         return f"*{element}"
     from triton import language as tl

@@ -1,7 +1,7 @@
 """Shared memory of the Hopper kernels, and the warps that fill it."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-# ruff: noqa: PIE808, RUF059
+# ruff: noqa: RUF059
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
 
+from hal_ops.attention._hopper_tiles import tile_of
 from hal_ops.attention._triton_place import key_blocks
 
-__all__ = ["pair_of_barriers", "pair_of_buffers", "produce", "rows_layout"]
+__all__ = ["barriers_of", "pair_of_buffers", "produce", "rows_layout"]
 
 # Triton 3.9 calls both async_load.
 _copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
@@ -52,11 +53,12 @@ def pair_of_buffers(
 
 
 @gluon.jit
-def pair_of_barriers(COUNT: gl.constexpr):
-    pair = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(pair.index(0), count=COUNT)
-    mbarrier.init(pair.index(1), count=COUNT)
-    return pair
+def barriers_of(ARRIVALS: gl.constexpr, COUNT: gl.constexpr):
+    """``COUNT`` barriers that complete when so many have arrived."""
+    found = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(found.index(i), count=ARRIVALS)
+    return found
 
 
 @gluon.jit
@@ -102,84 +104,181 @@ def _copy_block(
 
 
 @gluon.jit
-def _fill(
-    buffers, slot, full, source, boxes, start, low, high, DIM: gl.constexpr, PAGE_SIZE: gl.constexpr, TMA: gl.constexpr
-):
-    """Copies a block to the buffers of a slot; ``full`` is told when it is there.
-
-    With ``TMA`` the copy engine takes the blocks that lie in ``[low, high)`` wholly; it cannot leave out single keys.
-    """
+def _copy_boxes(buffers, slot, ready, source, boxes, start, PAGE_SIZE: gl.constexpr, DIM: gl.constexpr):
+    """The copy engine takes a block as it is, whoever sees its keys; ``ready`` is told when it is there."""
     whole, rest = buffers
-    ready = full.index(slot)
+    box, box_rest, row, column, page_rows = boxes
     BLOCK_N: gl.constexpr = whole.shape[1]
-    if TMA:
-        if (start >= low) & (start + BLOCK_N <= high):
-            box, box_rest, row, column, page_rows = boxes
-            row += start
-            if PAGE_SIZE > 0:
-                page = gl.load(source[1] + start // PAGE_SIZE)
-                row += page * page_rows - start // PAGE_SIZE * PAGE_SIZE
-            mbarrier.expect(ready, BLOCK_N * DIM * (whole.dtype.primitive_bitwidth // 8))
-            _copy_box(box, [row, column], ready, whole.index(slot))
-            if whole.shape[2] < DIM:
-                _copy_box(box_rest, [row, column + whole.shape[2]], ready, rest.index(slot))
+    row += start
+    if PAGE_SIZE > 0:
+        page = gl.load(source[1] + start // PAGE_SIZE)
+        row += page * page_rows - start // PAGE_SIZE * PAGE_SIZE
+    mbarrier.expect(ready, BLOCK_N * DIM * (whole.dtype.primitive_bitwidth // 8))
+    _copy_box(box, [row, column], ready, whole.index(slot))
+    if whole.shape[2] < DIM:
+        _copy_box(box_rest, [row, column + whole.shape[2]], ready, rest.index(slot))
+
+
+@gluon.jit
+def _convert(source, target, low, high, CLEAN: gl.constexpr):
+    """A block in the format of ``target``, a few rows at a time; with ``CLEAN`` 0 for rows outside ``[low, high)``."""
+    BLOCK_N: gl.constexpr = source.shape[0]
+    COLUMNS: gl.constexpr = source.shape[1]
+    ROWS: gl.constexpr = min(BLOCK_N, 4096 // COLUMNS)
+    LAYOUT: gl.constexpr = rows_layout(COLUMNS, 4, source.dtype)
+    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
+    for part in gl.static_range(BLOCK_N // ROWS):
+        x = source.slice(part * ROWS, ROWS).load(LAYOUT).to(target.dtype)
+        if CLEAN:
+            inside = (rows >= low - part * ROWS) & (rows < high - part * ROWS)
+            x = gl.where(inside[:, None], x, 0.0)
+        target.slice(part * ROWS, ROWS).store(x)
+
+
+@gluon.jit
+def _fetch(n, side, source, boxes, start, low, high, DIM: gl.constexpr, PAGE_SIZE: gl.constexpr, TMA: gl.constexpr):
+    """Starts the copy of the kernel's block ``n``, if it is of FP8 and to be converted: where to, nobody else reads."""
+    buffers, raw, raw_full, full, empty = side
+    if raw[0].dtype != buffers[0].dtype:
+        if TMA:
+            if start < high:
+                _copy_boxes(raw, 0, raw_full.index(0), source, boxes, start, PAGE_SIZE, DIM)
+            else:
+                mbarrier.arrive(raw_full.index(0))
         else:
-            _copy_block(buffers, slot, source, start, low, high, DIM, PAGE_SIZE)
-            async_copy.commit_group()
-            async_copy.wait_group(0)
-            hopper.fence_async_shared()
+            _copy_block(raw, 0, source, start, low, high, DIM, PAGE_SIZE)
+            async_copy.mbarrier_arrive(raw_full.index(0), increment_count=False)
+
+
+@gluon.jit
+def _supply(
+    n, cleaned, side, source, boxes, start, low, high,
+    DIM: gl.constexpr, PAGE_SIZE: gl.constexpr, TMA: gl.constexpr, CLEAN: gl.constexpr,
+):  # fmt: skip
+    """Gives the consumers the kernel's block ``n``, as soon as all have done with what its buffer held.
+
+    Keys that no query of the tile sees are masked, whatever they are. Their values have to be 0, since 0 times what else
+    might be there need not be: with ``CLEAN`` those that the copy engine took along are. Returns how many blocks were.
+    """
+    buffers, raw, raw_full, full, empty = side
+    BLOCK_N: gl.constexpr = buffers[0].shape[1]
+    whole = (start >= low) & (start + BLOCK_N <= high)
+    ready = full.index(n & 1)
+    mbarrier.wait(empty.index(n & 1), ((n >> 1) & 1) ^ 1)
+    if raw[0].dtype != buffers[0].dtype:
+        mbarrier.wait(raw_full.index(0), n & 1)
+        if TMA and CLEAN:
+            if whole:
+                _convert(raw[0].index(0), buffers[0].index(n & 1), 0, 0, False)
+            else:
+                _convert(raw[0].index(0), buffers[0].index(n & 1), low - start, high - start, True)
+        else:
+            _convert(raw[0].index(0), buffers[0].index(n & 1), 0, 0, False)
+        hopper.fence_async_shared()
+        mbarrier.arrive(ready)
+    elif not TMA:
+        _copy_block(buffers, n & 1, source, start, low, high, DIM, PAGE_SIZE)
+        async_copy.mbarrier_arrive(ready, increment_count=False)
+    elif not CLEAN:
+        if start < high:
+            _copy_boxes(buffers, n & 1, ready, source, boxes, start, PAGE_SIZE, DIM)
+        else:
             mbarrier.arrive(ready)
     else:
-        _copy_block(buffers, slot, source, start, low, high, DIM, PAGE_SIZE)
-        async_copy.mbarrier_arrive(ready, increment_count=False)
+        if whole:
+            _copy_boxes(buffers, n & 1, ready, source, boxes, start, PAGE_SIZE, DIM)
+        else:
+            if start < high:
+                _copy_boxes(buffers, n & 1, raw_full.index(0), source, boxes, start, PAGE_SIZE, DIM)
+            else:
+                mbarrier.arrive(raw_full.index(0))
+            mbarrier.wait(raw_full.index(0), cleaned & 1)
+            cleaned += 1
+            first, rest = buffers
+            _convert(first.index(n & 1), first.index(n & 1), low - start, high - start, True)
+            if first.shape[2] < DIM:
+                _convert(rest.index(n & 1), rest.index(n & 1), low - start, high - start, True)
+            hopper.fence_async_shared()
+            mbarrier.arrive(ready)
+    return cleaned
 
 
 @gluon.jit
-def _widen(raw, values, slot):
-    """Converts values of FP8 to those that are multiplied, a few rows at a time."""
-    BLOCK_N: gl.constexpr = raw.shape[1]
-    ROWS: gl.constexpr = min(BLOCK_N, 4096 // raw.shape[2])
-    LAYOUT: gl.constexpr = rows_layout(raw.shape[2], 4, raw.dtype)
-    source, target = raw.index(slot), values.index(slot)
-    for part in gl.static_range(BLOCK_N // ROWS):
-        x = source.slice(part * ROWS, ROWS).load(LAYOUT)
-        target.slice(part * ROWS, ROWS).store(x.to(values.dtype))
+def _source(side, row, kv_head, k_start, table, PAGE_SIZE: gl.constexpr, UNIT: gl.constexpr):
+    """Where the keys, or values, of a tile are: for copies of rows, and for the copy engine."""
+    base, box, box_rest, outer_rows, head_rows, head_columns, outer, stride, head_stride = side
+    base += kv_head.to(gl.int64) * head_stride
+    first = kv_head * head_rows
+    page_rows = outer_rows
+    if PAGE_SIZE == 0:
+        base += row.to(gl.int64) * (outer.to(gl.int64) * UNIT) + k_start.to(gl.int64) * stride
+        first += row * outer_rows + k_start
+    return (base, table, outer, stride), (box, box_rest, first, kv_head * head_columns, page_rows)
 
 
 @gluon.jit
-def produce(
-    copy, TOKENS: gl.constexpr, DIM: gl.constexpr, V_DIM: gl.constexpr, PAGE_SIZE: gl.constexpr, TMA: gl.constexpr,
-    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+def _one(
+    done, cleaned, place, given, k_side, v_side, memory,
+    GROUP: gl.constexpr, TOKENS: gl.constexpr, UNIT: gl.constexpr, DIM: gl.constexpr, V_DIM: gl.constexpr,
+    PAGE_SIZE: gl.constexpr, TMA: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
-    """Copies the blocks' keys and values, each as soon as all consumers have done with what its buffer held."""
-    k_source, v_source, k_boxes, v_boxes, token, q_len, kv_len, left, right, keys, values, barriers, raw, raw_full = (
-        copy
-    )
-    FP8: gl.constexpr = raw[0].dtype != values[0].dtype
-    BLOCK_N: gl.constexpr = keys[0].shape[1]
-    k_full, k_empty, v_full, v_empty = barriers
+    """The blocks of one tile. Returns how many are done then, and how many were cleaned."""
+    total, left, right, table, table_stride, work = given
+    keys, values = memory
+    row, head, token, q_start, k_start, out_start, q_len, kv_len = place
+    BLOCK_N: gl.constexpr = keys[0][0].shape[1]
+    pages = table
+    if PAGE_SIZE > 0:
+        pages += row.to(gl.int64) * table_stride
+    k_source, k_boxes = _source(k_side, row, head // GROUP, k_start, pages, PAGE_SIZE, UNIT)
+    v_source, v_boxes = _source(v_side, row, head // GROUP, k_start, pages, PAGE_SIZE, UNIT)
     shift = kv_len - q_len
     low, high, begin, whole, ragged, end = key_blocks(
         token + shift, gl.minimum(token + TOKENS, q_len) - 1 + shift, kv_len, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N
     )
     start = gl.maximum(end - 1, begin) * BLOCK_N
-    count = gl.maximum(end - begin, 1)
-    _fill(keys, 0, k_full, k_source, k_boxes, start, low, high, DIM, PAGE_SIZE, TMA)
-    if FP8:
-        _fill(raw, 0, raw_full, v_source, v_boxes, start, low, high, V_DIM, PAGE_SIZE, TMA)
-    for j in range(0, count):
-        if j + 1 < count:
-            after = j + 1
-            first = start - after * BLOCK_N
-            mbarrier.wait(k_empty.index(after & 1), ((after >> 1) & 1) ^ 1)
-            _fill(keys, after & 1, k_full, k_source, k_boxes, first, low, high, DIM, PAGE_SIZE, TMA)
-            if FP8:
-                _fill(raw, after & 1, raw_full, v_source, v_boxes, first, low, high, V_DIM, PAGE_SIZE, TMA)
-        mbarrier.wait(v_empty.index(j & 1), ((j >> 1) & 1) ^ 1)
-        if FP8:
-            mbarrier.wait(raw_full.index(j & 1), (j >> 1) & 1)
-            _widen(raw[0], values[0], j & 1)
-            hopper.fence_async_shared()
-            mbarrier.arrive(v_full.index(j & 1))
-        else:
-            _fill(values, j & 1, v_full, v_source, v_boxes, start - j * BLOCK_N, low, high, V_DIM, PAGE_SIZE, TMA)
+    stop = done + gl.maximum(end - begin, 1)
+    _fetch(done, keys, k_source, k_boxes, start, low, high, DIM, PAGE_SIZE, TMA)
+    _fetch(done, values, v_source, v_boxes, start, low, high, V_DIM, PAGE_SIZE, TMA)
+    _supply(done, 0, keys, k_source, k_boxes, start, low, high, DIM, PAGE_SIZE, TMA, False)
+    if stop > done + 1:
+        _fetch(done + 1, keys, k_source, k_boxes, start - BLOCK_N, low, high, DIM, PAGE_SIZE, TMA)
+    for n in range(done, stop):
+        after = start - BLOCK_N
+        if n + 1 < stop:
+            _supply(n + 1, 0, keys, k_source, k_boxes, after, low, high, DIM, PAGE_SIZE, TMA, False)
+        if n + 2 < stop:
+            _fetch(n + 2, keys, k_source, k_boxes, after - BLOCK_N, low, high, DIM, PAGE_SIZE, TMA)
+        cleaned = _supply(n, cleaned, values, v_source, v_boxes, start, low, high, V_DIM, PAGE_SIZE, TMA, True)
+        if n + 1 < stop:
+            _fetch(n + 1, values, v_source, v_boxes, after, low, high, V_DIM, PAGE_SIZE, TMA)
+        start = after
+    return stop, cleaned
+
+
+@gluon.jit
+def produce(
+    given, k_side, v_side, memory,
+    HEADS: gl.constexpr, GROUP: gl.constexpr, PACK: gl.constexpr, TOKENS: gl.constexpr, RAGGED: gl.constexpr,
+    UNIT: gl.constexpr, DIM: gl.constexpr, V_DIM: gl.constexpr, PAGE_SIZE: gl.constexpr, TMA: gl.constexpr,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, LOOP: gl.constexpr,
+):  # fmt: skip
+    """Copies the blocks of all tiles of this program, one after the other."""
+    total, left, right, table, table_stride, work = given
+    done = 0
+    cleaned = 0
+    if LOOP:
+        for turn in range(gl.cdiv(total, gl.num_programs(0))):
+            place = tile_of(turn, total, work, HEADS // PACK, PACK, TOKENS, RAGGED, PAGE_SIZE > 0)
+            row, head, token, q_start, k_start, out_start, q_len, kv_len = place
+            if token < q_len:
+                done, cleaned = _one(
+                    done, cleaned, place, given, k_side, v_side, memory, GROUP, TOKENS, UNIT, DIM, V_DIM, PAGE_SIZE, TMA,
+                    HAS_LEFT, HAS_RIGHT,
+                )  # fmt: skip
+    else:
+        place = tile_of(0, total, work, HEADS // PACK, PACK, TOKENS, RAGGED, PAGE_SIZE > 0)
+        _one(
+            done, cleaned, place, given, k_side, v_side, memory, GROUP, TOKENS, UNIT, DIM, V_DIM, PAGE_SIZE, TMA,
+            HAS_LEFT, HAS_RIGHT,
+        )  # fmt: skip

@@ -13,8 +13,8 @@ from hal_ops.attention._hopper_copy import rows_layout
 from hal_ops.attention._hopper_turns import pass_turn, wait_turn
 
 __all__ = [
-    "fold_block", "load_queries", "multiply_keys", "multiply_values", "pack", "product_layout", "softmax", "store_rows",
-    "times", "wait_values",
+    "fetch_queries", "fold_block", "multiply_keys", "multiply_values", "pack", "product_layout", "put_queries", "softmax",
+    "store_rows", "times", "wait_values",
 ]  # fmt: skip
 
 # Triton 3.9 calls it barrier.
@@ -160,25 +160,36 @@ def times(x, factor):
 
 
 @gluon.jit
-def _load_part(base, offsets, valid, buffer, DIM: gl.constexpr, FIRST: gl.constexpr):
-    BLOCK: gl.constexpr = buffer.shape[1]
+def _fetch_part(base, offsets, valid, buffer, DIM: gl.constexpr, FIRST: gl.constexpr):
+    BLOCK: gl.constexpr = buffer.shape[2]
     LAYOUT: gl.constexpr = rows_layout(BLOCK, 4, buffer.dtype)
     rows = gl.convert_layout(offsets, gl.SliceLayout(1, LAYOUT))
     inside = gl.convert_layout(valid, gl.SliceLayout(1, LAYOUT))
     columns = FIRST + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, LAYOUT))
-    tile = gl.load(
+    return gl.load(
         base + (rows[:, None] + columns[None, :]), mask=inside[:, None] & (columns < DIM)[None, :], other=0.0
     )
-    buffer.store(tile)
 
 
 @gluon.jit
-def load_queries(base, offsets, valid, buffers, slot, DIM: gl.constexpr):
-    """Rows into the buffers of a slot; 0 where there are none. Returns these buffers."""
+def fetch_queries(base, offsets, valid, buffers, DIM: gl.constexpr):
+    """Rows of queries in registers, in two parts like ``buffers``; 0 where there are none."""
     whole, rest = buffers
-    _load_part(base, offsets, valid, whole.index(slot), DIM, 0)
+    x = _fetch_part(base, offsets, valid, whole, DIM, 0)
+    x_rest = x
     if whole.shape[2] < DIM:
-        _load_part(base, offsets, valid, rest.index(slot), DIM, whole.shape[2])
+        x_rest = _fetch_part(base, offsets, valid, rest, DIM, whole.shape[2])
+    return x, x_rest
+
+
+@gluon.jit
+def put_queries(fetched, buffers, slot, DIM: gl.constexpr):
+    """Rows that were fetched into the buffers of a slot, which nobody else reads. Returns these buffers."""
+    whole, rest = buffers
+    x, x_rest = fetched
+    whole.index(slot).store(x)
+    if whole.shape[2] < DIM:
+        rest.index(slot).store(x_rest)
     hopper.fence_async_shared()
     _barrier()
     return whole.index(slot), rest.index(slot)
@@ -196,25 +207,25 @@ def store_rows(base, offsets, valid, x, DIM: gl.constexpr, BLOCK: gl.constexpr, 
 
 @gluon.jit
 def fold_block(
-    j, start, p, acc, rest, total, top, queries, keys, values, barriers, high,
+    n, start, p, acc, rest, total, top, queries, keys, values, barriers, high,
     position, left, right, scale, cap, slope, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
     SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, PLAIN: gl.constexpr, MASKED: gl.constexpr,
     SPLIT: gl.constexpr, V_SPLIT: gl.constexpr, FENCE: gl.constexpr,
     part: gl.constexpr, PARTS: gl.constexpr, TURNS: gl.constexpr, SHORT: gl.constexpr,
 ):  # fmt: skip
-    """Block ``j``: multiplies the weights of block ``j - 1`` with its values, and makes the weights of this one."""
+    """The kernel's block ``n``: multiplies the weights of the one before with its values, and makes those of this one."""
     k_full, k_empty, v_full, v_empty = barriers
     BLOCK_N: gl.constexpr = keys[0].shape[1]
-    last = j - 1
-    mbarrier.wait(k_full.index(j & 1), (j >> 1) & 1)
+    last = n - 1
+    mbarrier.wait(k_full.index(n & 1), (n >> 1) & 1)
     if FENCE:
         hopper.fence_async_shared()
     wait_turn(part, TURNS)
-    s = multiply_keys(queries, keys, j & 1, SPLIT)
+    s = multiply_keys(queries, keys, n & 1, SPLIT)
     acc, rest = multiply_values(p, acc, rest, values, last & 1, V_SPLIT)
     pass_turn(part, PARTS, TURNS)
     s = hopper.warpgroup_mma_wait(2 if V_SPLIT else 1, deps=(s,))
-    mbarrier.arrive(k_empty.index(j & 1))
+    mbarrier.arrive(k_empty.index(n & 1))
     columns = start + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, s.type.layout))
     p, shrink, total, top = softmax(
         s, columns, position, high, left, right, scale, cap, slope, top, total,
@@ -222,7 +233,7 @@ def fold_block(
     )  # fmt: skip
     # ptxas moves the wait for a product up to where the last one was issued, across any arithmetic, but not across a
     # branch; the one in this wait keeps the softmax beside the product.
-    mbarrier.wait(v_full.index(j & 1), (j >> 1) & 1)
+    mbarrier.wait(v_full.index(n & 1), (n >> 1) & 1)
     acc, rest = wait_values(acc, rest, V_SPLIT)
     mbarrier.arrive(v_empty.index(last & 1))
     p = pack(p, values[0].dtype)

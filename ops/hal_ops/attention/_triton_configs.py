@@ -28,6 +28,7 @@ __all__ = [
     "DEFAULT",
     "HOPPER_EXTEND",
     "HOPPER_FP8",
+    "HOPPER_FP8_CACHE",
     "HOPPER_PLAIN",
     "HOPPER_PREFILL",
     "HOPPER_ROWS",
@@ -144,6 +145,8 @@ HOPPER_EXTEND = (
 """Of two parts alone, so that the kernel for every arch can serve a plan too."""
 HOPPER_PLAIN = Hopper(128, 128, 128, 2, 88)
 """Where turns do not pay, and with a Triton that they were not run with."""
+HOPPER_FP8_CACHE = (Hopper(64, 64, 128, 2, 88), Hopper(128, 128, 128, 2, 88))
+"""For FP8 caches, of heads of these two dims alone: others were not run."""
 HOPPER_ROWS = (HOPPER_PLAIN, *HOPPER_EXTEND[2:])
 """For pages that hold no whole blocks, which the copying warps copy row by row: they need more registers."""
 _OCP = ("float8_e4m3fn", "float8_e5m2")
@@ -187,13 +190,15 @@ def config_of(arch: str, request: AttentionRequest) -> Config:
 def padded_on(arch: str, request: AttentionRequest, *, cached: bool) -> bool:
     """Whether head dims are padded to one power of two for the kernels that serve every arch.
 
-    On an H200 with Triton 3.6.0 FP8 keys of two parts (80, 96) gave wrong values and illegal reads, those of one part
-    right ones, if of 32 columns or more; keys of 16 bits were right in both forms. But with the first tile of
-    :data:`DEFAULT` heads of 96 in two parts (prefill and extend, bfloat16 and float16) read illegally too, and were right
-    padded; 80, 112 and two stages were right in both forms. So all are padded on an arch that nobody has named.
+    On an H200 with Triton 3.6.0 heads of two parts, the second of which is not full (36, 40, 44, 72, 132, 136), gave wrong
+    values and illegal reads in bfloat16 and float16, in most of prefill and extend; padded they were right, and so were 80,
+    96, 160 and 192, whose parts are full. FP8 keys of two parts (80, 96) gave wrong values too, those of one part right
+    ones, if of 32 columns or more. With the first tile of :data:`DEFAULT` heads of 96 in two parts read illegally in 16
+    bits too; 80, 112 and two stages were right in both forms. So all are padded on an arch that nobody has named.
     """
     unnamed = not any(fnmatchcase(arch, pattern) for pattern in TABLE)
-    return unnamed or (arch == "sm_90" and is_fp8(_read(request, cached)))
+    partial = any(sum(cut(dim)) != dim for dim in (request.head_dim, request.v_head_dim))
+    return unnamed or partial or (arch == "sm_90" and is_fp8(_read(request, cached)))
 
 
 def keys_as_they_are(arch: str, request: AttentionRequest, *columns: int) -> bool:
@@ -218,8 +223,9 @@ def hopper_of(arch: str, request: AttentionRequest, *, cached: bool) -> Hopper |
     if arch != "sm_90" or request.dtype == "float32" or not whole:
         return None
     if is_fp8(_read(request, cached)):
-        served = not cached and request.qkv_dtype in _OCP and dims == (HOPPER_FP8.dim, HOPPER_FP8.v_dim)
-        return HOPPER_FP8 if served else None
+        table = HOPPER_FP8_CACHE if cached else (HOPPER_FP8,)
+        known = (config for config in table if dims == (config.dim, config.v_dim))
+        return next(known, None) if _read(request, cached) in _OCP else None
     found = _fitting(HOPPER_EXTEND if cached else HOPPER_PREFILL, dims)
     if cached and found is not None and not in_boxes(found, request):
         return _fitting(HOPPER_ROWS, dims)

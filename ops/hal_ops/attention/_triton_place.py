@@ -1,4 +1,4 @@
-"""Which tile of queries a program makes, and which blocks of keys it sees. Scalars alone: Gluon calls these too."""
+"""Where a tile of queries lies, and which blocks of keys it sees. Scalars alone: Gluon calls these too."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
@@ -25,17 +25,16 @@ def _sequence_of(block, cu_seqlens, batch, TOKENS: tl.constexpr):
 
 @triton.jit
 def place(
-    cu_q, cu_k, batch, q_len, kv_len, blocks, section,
+    index, cu_q, cu_k, batch, q_len, kv_len, blocks, section,
     TILE_HEADS: tl.constexpr, PACK: tl.constexpr, TOKENS: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """Which tile of a prefill this program makes: ``row, head, token, q_start, k_start, out_start, q_len, kv_len``.
+    """Tile ``index`` of a prefill: ``row, head, token, q_start, k_start, out_start, q_len, kv_len``.
 
     Late queries, which see most keys, go first. ``section`` pairs of sequence and head run side by side, so that their
     keys stay in the cache. Dense: ``blocks`` tiles a pair. Ragged: ``blocks`` for all sequences, an upper bound; those
     that are too many get a token past their sequence.
     """
     pairs = TILE_HEADS if RAGGED else batch * TILE_HEADS
-    index = tl.program_id(0)
     before = index // (section * blocks) * section
     index -= before * blocks
     width = tl.minimum(section, pairs - before)
@@ -58,9 +57,8 @@ def place(
 
 
 @triton.jit
-def place_tile(tiles, cu_q, kv_lens, TILE_HEADS: tl.constexpr, PACK: tl.constexpr):
-    """Which tile of a listed step this program makes: ``row, head, token, q_start, q_len, kv_len``; row -1 is none."""
-    index = tl.program_id(0)
+def place_tile(index, tiles, cu_q, kv_lens, TILE_HEADS: tl.constexpr, PACK: tl.constexpr):
+    """Tile ``index`` of a listed step: ``row, head, token, q_start, q_len, kv_len``; row -1 is none."""
     tiles += index // TILE_HEADS * 2
     row = tl.load(tiles)
     token = tl.load(tiles + 1)

@@ -80,10 +80,24 @@ class Way:
             options = {"num_warps": config.warps, "num_stages": config.stages}
         # Triton 3.10 no longer contracts multiplications and additions unless told to.
         self.launch = Launch(kernel, self._constants, gpu.device, **options)
+        self.multiprocessors = gpu.multiprocessors if isinstance(config, Hopper) else 0
 
     def _constants(self, key: Any) -> Constants:
-        known = {**self._known, **self._extra(key[0])}
+        known = {**self._known, **self._extra(key[0]), "LOOP": key[-1]}
         return {name: known[name] for name in self._kernel.arg_names if name in known}
+
+    def run(self, tiles: int, key: Any, boxes: tuple[Any, ...], *arguments: Any, loop: bool = True) -> None:
+        """Launches the kernel for so many tiles.
+
+        That of a :class:`Hopper` has a program a multiprocessor, which goes from tile to tile without a pause. Without
+        ``loop`` it has a program a tile, as the kernel for every arch: the hardware hands out tiles to whoever is free,
+        which is better for tiles that take long and are not alike.
+        """
+        if self.multiprocessors:
+            programs = min(tiles, self.multiprocessors) if loop else tiles
+            self.launch(programs, (*key, programs < tiles), *boxes, tiles, *arguments)
+        else:
+            self.launch(tiles, key, *arguments)
 
     def boxes(self, k: Tensor, v: Tensor) -> tuple[Any, ...] | None:
         """The first arguments, about k and v ``[outer, tokens, heads, dim]``. None if the kernel cannot run on them."""

@@ -1,12 +1,13 @@
 """Extend in Triton: ragged queries over a paged cache.
 
 What :func:`extend` honours: all that :mod:`hal_ops.attention.triton_prefill` does, over a cache of q's format or an FP8
-one that Triton converts on the arch, with scales a tensor or a head; any page size and all layouts, by strides. A
-kernel reads no page and no slot that no query sees, and no entry of the block table past a row's last page.
+one that Triton converts on the arch, with scales a tensor or a head; any page size and all layouts, by strides. No page
+that no query sees is read, and no entry of the block table past a row's last page; slots that no query sees count for
+nothing, whatever is in them.
 
 The plan lists a step's tiles, longest first, from host lengths alone. On sm_90 the kernel of
-:mod:`hal_ops.attention.triton_hopper` is launched where the page size is a multiple of 16 and the cache is neither FP8
-nor HDN.
+:mod:`hal_ops.attention.triton_hopper` is launched where the page size is a multiple of 16 and the cache is not HDN; over an FP8
+one for heads of 64 and of 128.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
@@ -32,7 +33,7 @@ from hal_ops.attention.contract import PagedAttention, Step
 from hal_ops.attention.reference import check_tensors
 from hal_ops.attention.request import AttentionRequest
 from hal_ops.attention.triton_common import tile
-from hal_ops.attention.triton_limits import fp8_heads_on
+from hal_ops.attention.triton_limits import heads_on
 from hal_ops.kv_layout import VECTORS, by_token
 
 __all__ = ["extend", "extend_kernel"]
@@ -57,7 +58,7 @@ def extend_kernel(
 
     ``K_SCALES``, ``V_SCALES``: scales of the cache there are: 0, 1, or one a kv head.
     """
-    row, head, token, q_start, q_len, kv_len = place_tile(tiles, cu_q, kv_lens, HEADS // PACK, PACK)
+    row, head, token, q_start, q_len, kv_len = place_tile(tl.program_id(0), tiles, cu_q, kv_lens, HEADS // PACK, PACK)
     if row < 0:
         return
     kv_head = head // GROUP
@@ -114,7 +115,7 @@ class _Extend:
     def __init__(self, request: AttentionRequest, device: object, configs: tuple[Config | Hopper, ...]) -> None:
         self.request = request
         self.gpu = gpu_of(device)
-        refused = fp8_heads_on(self.gpu.arch, request, cached=True)
+        refused = heads_on(self.gpu.arch, request, cached=True)
         if refused:
             raise ValueError(refused)
         padded = self.gpu.device.type != "cpu" and padded_on(self.gpu.arch, request, cached=True)
@@ -229,8 +230,8 @@ class _Extend:
         f = self.features
         scales = tuple(0 if scale is None else scale.numel() for scale in (k_scale, v_scale))
         key = key_of((return_lse, *scales, k.stride(0), v.stride(0)), q, k, v)
-        way.launch(
-            payload.table.shape[0] * way.tile_heads, key, *boxes,
+        way.run(
+            payload.table.shape[0] * way.tile_heads, key, boxes,
             q, k, v, out, lse, sinks, slopes, k_scale, v_scale, payload.table, step.cu_seqlens_q, step.kv_lens,
             step.block_table, f.left, f.right, f.scale, f.cap, *q.stride()[:2], *k.stride()[:3], *v.stride()[:3],
             *out.stride()[:2], step.block_table.stride(0),
