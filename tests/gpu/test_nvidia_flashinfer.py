@@ -93,7 +93,11 @@ def cases() -> list[Any]:
         "flashinfer_fa2.decode": [*decode, *extend, *fp8],
         "flashinfer_sink.extend": sinks,
         "flashinfer_sink.decode": [*sinks, {**sinks[0], "max_q_len": 4}],
-        "xqa.decode": [dict(LLAMA), {**LLAMA, "sinks": True, "window": (127, 0), "kv_layout": "HND", "graph": True}],
+        "xqa.decode": [
+            dict(LLAMA),
+            {**LLAMA, **FP8, "fp8_query": True},
+            {**LLAMA, "sinks": True, "window": (127, 0), "kv_layout": "HND", "graph": True},
+        ],
     }
     return [
         pytest.param(name, fields, id=f"{name}-{i}") for name, each in found.items() for i, fields in enumerate(each)

@@ -117,8 +117,6 @@ def _kernel(
     archs: tuple[str, ...],
     note: str,
     copies: str,
-    hopper: str = "run",
-    evidence_with: Mapping[str, str] = MappingProxyType({}),
     copies_with: Mapping[str, str] = MappingProxyType({}),
 ) -> Kernel:
     library, _, phase = name.partition(".")
@@ -135,15 +133,13 @@ def _kernel(
         check=toolkit,
         copies=copies,
         copies_with=copies_with,
-        evidence={"sm_90": hopper, "*": "emulated"},
-        evidence_with=evidence_with,
+        evidence={"sm_90": "run", "*": "emulated"},
         note=note,
     )
 
 
 _FP8 = ("float8_e4m3fn", "float8_e5m2")
 _WAITS = "ragged calls without a plan wait for the device"
-_FA3 = {"window": "emulated", "softcap": "emulated"}
 _OF_FA3 = "fa3 on sm_90"
 
 KERNELS = (
@@ -155,7 +151,6 @@ KERNELS = (
         ("sm_90",),
         _WAITS,
         _PREFILL_COPIES,
-        evidence_with=_FA3,
     ),
     _kernel(
         "flashinfer_fa2.extend",
@@ -166,7 +161,7 @@ KERNELS = (
         _PADDED,
         copies_with=_FP8_COPIES,
     ),
-    _kernel("flashinfer_fa3.extend", _paged(), Band.SPECIALIZED + 10, ("sm_90",), "", _PADDED, evidence_with=_FA3),
+    _kernel("flashinfer_fa3.extend", _paged(), Band.SPECIALIZED + 10, ("sm_90",), "", _PADDED),
     _kernel(
         "flashinfer_fa2.decode",
         _paged(*_FP8),
@@ -176,6 +171,6 @@ KERNELS = (
         _PADDED,
         copies_with=_FP8_COPIES,
     ),
-    _kernel("flashinfer_sink.extend", _sinks(), Band.PERFORMANT + 60, _FA2_ARCHS, _OF_FA3, _PADDED, "emulated"),
+    _kernel("flashinfer_sink.extend", _sinks(), Band.PERFORMANT + 60, _FA2_ARCHS, _OF_FA3, _PADDED),
     _kernel("flashinfer_sink.decode", _sinks(), Band.PERFORMANT + 60, _FA2_ARCHS, "", _PADDED),
 )

@@ -8,7 +8,9 @@ project, on an H200; the other adapters are emulated, and their calls bound to t
   0.6.13, in base 2; sinks in float32. An e4m3 cache is read with e4m3 queries, output bfloat16; in decode, since 0.6.18,
   with bfloat16 queries too (``bf16q_fp8kv_transform_mode``).
 * xqa (``xqa_batch_decode_with_kv_cache``): 9.x, 10.x and 12.x devices (``xqa.py``: ``not in [9, 10, 12]``), page sizes
-  16 to 128, one query a row, no LSE. Over an e4m3 cache it computes in that format, which ``fp8_query`` permits.
+  16 to 128, one query a row, no LSE. Over an e4m3 cache it computes in that format, which ``fp8_query`` permits. On 9.x
+  a head's rows of such a cache go by the copy engine in parts of 64 or 128 bytes; for other heads ``tensorMap.cpp`` throws
+  where nobody catches, and the process dies (0.6.13; seen on an H200 with heads of 32).
 * fmha_v2 (``trtllm_fmha_v2_prefill``): on sm_12x causal or full masks, no window before 0.7 and no softcap for separate
   Q, K, V; its statistics are a maximum and a sum, for other layouts. Its paged layouts take K and V in one tensor,
   which two cache tensors are not.
@@ -103,6 +105,7 @@ _XQA: dict[str, Constraint] = {
     "kv_dtype": Either(SameAs("dtype"), Pairs("fp8_query", (True, _FP8))),
     "fp8_query": OneOf(False, True),
 }
+_XQA_FP8_HEADS = (64, 128, 256)
 _FMHA: dict[str, Constraint] = {"causal": OneOf(True, False), "sinks": OneOf(False, True), "graph": OneOf(False, True)}
 
 
@@ -118,6 +121,17 @@ def _trtllm(request: Request, device: Device) -> Sequence[Reason]:
         needs = f"flashinfer-python {_BF16_OVER_FP8}, or fp8_query"
         text = f"bfloat16 queries over an FP8 cache need {needs}; {version} is installed"
         found.append(Reason("version_too_old", text, "library", str(version), _BF16_OVER_FP8))
+    return found
+
+
+def _xqa(request: Request, device: Device) -> Sequence[Reason]:
+    found = list(toolkit(request, device))
+    if not isinstance(request, AttentionRequest) or request.kv_dtype != _FP8:
+        return found
+    if device.arch.name == "sm_90" and request.head_dim not in _XQA_FP8_HEADS:
+        dims = ", ".join(map(str, _XQA_FP8_HEADS))
+        text = f"head_dim {request.head_dim} with an FP8 cache on sm_90: the process would end; needs one of {dims}"
+        found.append(Reason("head_dim", text, "head_dim", str(request.head_dim), "64"))
     return found
 
 
@@ -199,10 +213,11 @@ KERNELS = (
         Band.PERFORMANT + 20,
         {
             **_fields(128, more=_paged(("NHD", "HND"), (16, 32, 64, 128), _XQA)),
-            "head_dim": MultipleOf(16, 16, 256),
+            "head_dim": MultipleOf(16, 16, 256, (64, 128)),
         },
+        check=_xqa,
         evidence={"sm_90": "run", "*": "emulated"},
-        evidence_with={"sinks": "emulated", "kv_dtype": "emulated"},
+        evidence_with={"kv_dtype": "emulated"},
     ),
     _kernel(
         "fmha_v2.prefill",
