@@ -6,8 +6,8 @@ that no query sees is read, and no entry of the block table past a row's last pa
 nothing, whatever is in them.
 
 The plan lists a step's tiles, longest first, from host lengths alone. On sm_90 the kernel of
-:mod:`hal_ops.attention.triton_hopper` is launched where the page size is a multiple of 16 and the cache is not HDN; over an FP8
-one for heads of 64 and of 128.
+:mod:`hal_ops.attention.triton_hopper` is launched where the page size is a multiple of 16 and the cache is not HDN;
+over an FP8 one for heads of 64 and of 128.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
