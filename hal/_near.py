@@ -152,8 +152,12 @@ def _moved(request: Request, values: Mapping[str, Any]) -> Request:
 
 def _nearest(kernel: Kernel, field: str, request: Request) -> tuple[Any, ...] | None:
     if field in kernel.fields:
-        near = kernel.fields[field].nearest(getattr(request, field), request)
-        return near[:1] or None
+        rule, value = kernel.fields[field], getattr(request, field)
+        if isinstance(value, int) and rule.admits(value, request):
+            # The kernel's check refuses it: of the values that its declaration names, the closest.
+            others = [v for v in rule.corners(request) if isinstance(v, int) and v != value]
+            return tuple(sorted(others, key=lambda v: abs(v - value))[:1]) or None
+        return rule.nearest(value, request)[:1] or None
     neutral = request.rules()[field].neutral
     return (neutral(request) if callable(neutral) else neutral,)
 

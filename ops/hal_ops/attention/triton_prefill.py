@@ -130,10 +130,11 @@ def prefill(
 
 
 _LONG = 40
-"""Blocks of keys in a tile from which the pause between two tiles, about as long as a block or two, matters less than an
-even share: of causal sequences of 200 to 2000 tokens shares without pauses take 0.75 to 0.95 of the time, of 8k 1.0."""
+"""Most blocks of keys in a tile, on average, for programs of several tiles: on an H200 these took 0.96 of the time of
+programs of one with 16 blocks, 0.97 with 32 (8k causal tokens, 64/8 heads of 128), and 1.01 with 128."""
 _ROUNDS = 12
-"""Fewest tiles a multiprocessor in a section, in which tiles get shorter, for shares that are even."""
+"""Fewest tiles a multiprocessor in a section, in which tiles get shorter, for shares that are even to some percent: by
+arithmetic; with 4 of them the shares of 16 heads over 16k tokens differ by 1.3."""
 
 
 class _Prefill:
