@@ -50,17 +50,17 @@ def variants() -> Iterator[Variant]:
         for config in configs_of(arch, wide=True):
             yield from _portable(config, (config.dim, config.dim), "float32", arch)
     for config in (*HOPPER_PREFILL, HOPPER_PLAIN):
-        yield _hopper("prefill", config, "bfloat16", 16)
-        yield _hopper("prefill", config, "float16", 16, window=1024, softcap=30.0, sinks=True)
+        yield from _hoppers("prefill", config, "bfloat16", 16)
+        yield from _hoppers("prefill", config, "float16", 16, window=1024, softcap=30.0, sinks=True)
     for name in ("float8_e4m3fn", "float8_e5m2"):
-        yield _hopper("prefill", HOPPER_FP8, "bfloat16", 16, qkv_dtype=name, phases="prefill")
+        yield from _hoppers("prefill", HOPPER_FP8, "bfloat16", 16, qkv_dtype=name, phases="prefill")
         for config in HOPPER_FP8_CACHE:
             for page_size in (16, config.block_n):
-                yield _hopper("extend", config, "bfloat16", page_size, kv_dtype=name)
+                yield from _hoppers("extend", config, "bfloat16", page_size, kv_dtype=name)
     for config in HOPPER_EXTEND:
-        yield _hopper("extend", config, "bfloat16", config.block_n)
+        yield from _hoppers("extend", config, "bfloat16", config.block_n)
     for config in HOPPER_ROWS:
-        yield _hopper("extend", config, "bfloat16", 16)
+        yield from _hoppers("extend", config, "bfloat16", 16)
 
 
 def _portable(config: Config, dims: tuple[int, int], dtype: str, arch: str) -> Iterator[Variant]:
@@ -98,14 +98,21 @@ def _extend(config: Config, dims: tuple[int, int], dtype: str, arch: str, **fiel
     return _variant(EXTEND, _label(request, arch, config), config, request, constants, (arch,))
 
 
-def _hopper(phase: str, config: Hopper, dtype: str, page_size: int, **fields: Any) -> Variant:
+def _hoppers(phase: str, config: Hopper, dtype: str, page_size: int, **fields: Any) -> Iterator[Variant]:
+    """With programs of several tiles and of one: a launch of few tiles has the latter, whatever the phase."""
+    for loop in (True, False):
+        yield _hopper(phase, config, dtype, page_size, loop=loop, **fields)
+
+
+def _hopper(phase: str, config: Hopper, dtype: str, page_size: int, *, loop: bool, **fields: Any) -> Variant:
     request = _request((config.dim, config.v_dim), dtype, page_size=page_size, **fields)
     tma = phase == "prefill" or in_boxes(config, request)
-    constants = {"RAGGED": True, "UNIT": 16, "TMA": tma, "LSE": phase == "prefill", "LOOP": True}
+    constants = {"RAGGED": True, "UNIT": 16, "TMA": tma, "LSE": phase == "prefill", "LOOP": loop}
     scales = 0 if (request.qkv_dtype if phase == "prefill" else request.kv_dtype) == dtype else 1
     constants |= dict.fromkeys(("Q_SCALES", "K_SCALES", "V_SCALES"), scales)
     constants |= {"PAGE_SIZE": page_size} if phase == "extend" else {}
     label = f"{_label(request, 'sm_90', config)}{f', page {page_size}' * (phase == 'extend')}"
+    label += ", a tile a program" * (not loop)
     return _variant(HOPPER_KERNELS[phase], label, config, request, constants, ("sm_90",))
 
 
