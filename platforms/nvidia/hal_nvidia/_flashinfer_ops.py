@@ -21,8 +21,9 @@ __all__ = ["gelu_and_mul", "rms_norm", "silu_and_mul"]
 def rms_norm(request: RmsNormRequest, device: hal.Device) -> Callable[..., Tensor]:
     """``rmsnorm``, or ``gemma_rmsnorm`` where one is added to the weight."""
     norm = importlib.import_module("flashinfer.norm")
-    function = norm.gemma_rmsnorm if request.weight_offset else norm.rmsnorm
-    eps = request.eps
+    if request.weight_offset:
+        return _of_rows(norm.gemma_rmsnorm, request.eps)
+    function, eps = norm.rmsnorm, request.eps
 
     def call(x: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tensor:
         if out is None:
@@ -33,6 +34,20 @@ def rms_norm(request: RmsNormRequest, device: hal.Device) -> Callable[..., Tenso
         rows, results = _alike(x, out)
         function(rows, weight, eps, out=results)
         return out
+
+    return call
+
+
+def _of_rows(function: Callable[..., Any], eps: float) -> Callable[..., Tensor]:
+    """A norm that takes ``[rows, hidden]`` alone. What is no view of that shape is copied, as declared."""
+
+    def call(x: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tensor:
+        shape = (math.prod(x.shape[:-1]), x.shape[-1])
+        results = None if out is None else _seen(out, shape)
+        found: Tensor = function(x.reshape(shape), weight, eps, out=results)
+        if out is None:
+            return found.view(x.shape)
+        return out if results is not None else out.copy_(found.view(x.shape))
 
     return call
 

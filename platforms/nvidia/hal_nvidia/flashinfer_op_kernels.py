@@ -3,7 +3,8 @@
 Read from flashinfer-python 0.6.13 (``norm/__init__.py``, ``csrc/norm.cu``, ``activation.py``,
 ``include/flashinfer/activation.cuh``):
 
-* ``rmsnorm`` and ``gemma_rmsnorm`` (weight + 1) take the weight in the input's format.
+* ``rmsnorm`` and ``gemma_rmsnorm`` (weight + 1) take the weight in the input's format. The latter takes ``[rows, hidden]``
+  alone, the former ``[rows, heads, hidden]`` too.
 * The gates read 16 bytes at a time from both halves of a row, by the row's number and not by its stride: the hidden
   size is a multiple of 8 (the library checks twice of it, and half of such sizes are misaligned), and a view is copied.
 
@@ -18,6 +19,7 @@ Band: these kernels wait for memory, whoever wrote them; flashinfer's have to be
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from hal import Archs, Band, Constraint, Kernel, MultipleOf, Needs, OneOf, Range, SameAs
 from hal_nvidia.flashinfer_kernels import FLASHINFER, toolkit
@@ -32,7 +34,9 @@ _COMMON: Mapping[str, Constraint] = {
 }
 
 
-def _kernel(op: str, more: Mapping[str, Constraint], copies: str = "") -> Kernel:
+def _kernel(
+    op: str, more: Mapping[str, Constraint], copies: str = "", copies_with: Mapping[str, str] = MappingProxyType({})
+) -> Kernel:
     return Kernel(
         name=f"flashinfer.{op}",
         op=op,
@@ -44,6 +48,7 @@ def _kernel(op: str, more: Mapping[str, Constraint], copies: str = "") -> Kernel
         fields={**_COMMON, **more},
         check=toolkit,
         copies=copies,
+        copies_with=copies_with,
         evidence={"*": "emulated"},
         note="compiles on first use",
     )
@@ -55,6 +60,7 @@ KERNELS = (
     _kernel(
         "rms_norm",
         {"weight_dtype": SameAs("dtype"), "eps": Range(0, None, (1e-5,)), "weight_offset": OneOf(0.0, 1.0)},
+        copies_with={"weight_offset": "x and out, where their rows are not evenly spaced"},
     ),
     _kernel("silu_and_mul", {}, _GATE_COPIES),
     _kernel("gelu_and_mul", {"approximate": OneOf("none", "tanh")}, _GATE_COPIES),

@@ -247,6 +247,7 @@ def rmsnorm(input: Tensor, weight: Tensor, eps: float = 1e-6, out: Tensor | None
 
 
 def gemma_rmsnorm(input: Tensor, weight: Tensor, eps: float = 1e-6, out: Tensor | None = None) -> Tensor:  # noqa: A002
+    assert input.dim() == 2, "input must be a 2D tensor"
     return _norm(input, weight, eps, out, 1.0)
 
 
