@@ -96,6 +96,7 @@ def cases() -> list[Any]:
         "xqa.decode": [
             dict(LLAMA),
             {**LLAMA, **FP8, "fp8_query": True},
+            *({**LLAMA, **FP8, "fp8_query": True, "head_dim": dim, "kv_layout": "HND"} for dim in (64, 256)),
             {**LLAMA, "sinks": True, "window": (127, 0), "kv_layout": "HND", "graph": True},
         ],
     }

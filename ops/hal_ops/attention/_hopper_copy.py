@@ -157,8 +157,9 @@ def _supply(
 ):  # fmt: skip
     """Gives the consumers the kernel's block ``n``, as soon as all have done with what its buffer held.
 
-    Keys that no query of the tile sees are masked, whatever they are. Their values have to be 0, since 0 times what else
-    might be there need not be: with ``CLEAN`` those that the copy engine took along are. Returns how many blocks were.
+    Keys that no query of the tile sees are masked, whatever they are. Values outside ``[low, high)`` have to be 0, since
+    0 times what might be there need not be: with ``CLEAN`` those that the copy engine took along are. Returns how many
+    blocks were.
     """
     buffers, raw, raw_full, full, empty = side
     BLOCK_N: gl.constexpr = buffers[0].shape[1]
@@ -238,6 +239,10 @@ def _one(
     )
     start = gl.maximum(end - 1, begin) * BLOCK_N
     stop = done + gl.maximum(end - begin, 1)
+    if TMA:
+        # A sequence's own values are left as they are: tiles that see some of a block weigh the others by 0 anyhow.
+        high = gl.where(high > low, kv_len, high)
+        low = 0
     _fetch(done, keys, k_source, k_boxes, start, low, high, DIM, PAGE_SIZE, TMA)
     _fetch(done, values, v_source, v_boxes, start, low, high, V_DIM, PAGE_SIZE, TMA)
     _supply(done, 0, keys, k_source, k_boxes, start, low, high, DIM, PAGE_SIZE, TMA, False)
