@@ -11,10 +11,11 @@ from emulated.library import Installed
 
 from hal._attention import for_step
 from hal._plan import make_step
+from hal_nvidia import _flashinfer_pool as pool
 from hal_ops.attention import AttentionRequest
 
 BASE: dict[str, Any] = {"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 64, "dtype": "float16", "phases": ("prefill",)}
-KERNELS = ("fa2", "fa3", "fa4", "sdpa_flash", "sdpa_efficient", "sdpa_cudnn")
+KERNELS = ("fa2", "fa3", "fa4", "sdpa_flash", "sdpa_efficient", "sdpa_cudnn", "flashinfer_fa2", "flashinfer_fa3")
 
 
 def built(library: str, **fields: Any) -> Any:
@@ -59,6 +60,26 @@ def test_the_call_of_a_step_gives_the_same(library: str, return_lse: bool, lens:
         plain = prefill(q, k, v, **cumulative, **bounds, **extras)
         bound = for_step(prefill, step)(q, k, v, **extras)
         torch.testing.assert_close(bound, plain, atol=1e-3, rtol=1e-3)
+
+
+def test_a_bound_call_of_flashinfer_follows_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:  # requirement C3, P36
+    """Its plan's buffers are one stream's."""
+    with nvidia.running_on("sm_90", "flashinfer_fa2"):
+        prefill, three = built("flashinfer_fa2"), tensors("flashinfer_fa2", 2, 5)
+        used: list[int] = []
+        plain = prefill._planned
+
+        def planned(*lengths: Any) -> Any:
+            used.append(pool.stream_of(torch.device("cpu")))
+            return plain(*lengths)
+
+        monkeypatch.setattr(prefill, "_planned", planned)
+        bound = prefill.for_dense(*three)
+        first = bound(*three)
+        for stream in (7, 7, 0, 7):
+            monkeypatch.setattr(pool, "stream_of", lambda _, stream=stream: stream)
+            torch.testing.assert_close(bound(*three), first, atol=0, rtol=0)
+        assert used == [0, 7], "a plan a stream, and no more"
 
 
 def test_nothing_stands_before_flash_attention_3() -> None:  # requirement X1
