@@ -46,6 +46,29 @@ def test_cuda_is_compared_by_number(cuda: str, fits: bool) -> None:  # requireme
     assert found == ({} if fits else {"runtime_too_old": f"needs cuda >=12.3; this is {cuda}"})
 
 
+@pytest.mark.parametrize("kernel", ["fa2.prefill", "fa2.extend", "fa2.decode"])
+@pytest.mark.parametrize("arch", ["sm_100", "sm_103", "sm_120", "sm_121"])
+def test_flash_attention_2_has_code_for_blackwell_since_2_7_3(kernel: str, arch: str) -> None:  # requirement P44, P45
+    """By setup.py of each version, which builds no PTX; and with CUDA 12.8."""
+    device, paged = f"nvidia:{arch},cuda=12.8", {"page_size": 256}
+    for version in ("2.7.0.post2", "2.7.2.post1"):
+        text = f"code for {arch} needs flash-attn >=2.7.3; {version} is installed"
+        assert reasons(kernel, {"flash-attn": version}, device, **paged) == {"version_too_old": text}
+        assert reasons(kernel, {"flash-attn": version}, "nvidia:sm_90,cuda=12.8", **paged) == {}
+        old = reasons(kernel, {"flash-attn": version}, f"nvidia:{arch},cuda=12.4", **paged)
+        assert set(old) == {"runtime_too_old", "version_too_old"}
+    assert reasons(kernel, {"flash-attn": "2.7.3"}, device, **paged) == {}
+    found = reasons(kernel, {"flash-attn": "2.7.3"}, f"nvidia:{arch},cuda=12.4", **paged)
+    assert found == {"runtime_too_old": f"code for {arch} is built with CUDA >=12.8 only; this is 12.4"}
+
+
+def test_flash_attention_2_has_code_for_hopper_with_cuda_11_8() -> None:  # requirement P44, E1
+    old = {"flash-attn": "2.7.0.post2"}
+    assert set(reasons("fa2.prefill", old, "nvidia:sm_90,cuda=11.7")) == {"runtime_too_old"}
+    assert reasons("fa2.prefill", old, "nvidia:sm_90,cuda=11.8") == {}
+    assert reasons("fa2.prefill", old, "nvidia:sm_89,cuda=11.7") == {}
+
+
 def test_the_missing_package_is_blamed_and_not_the_gpu() -> None:  # requirement E7, P45
     assert set(reasons("fa3.decode", {})) == {"not_installed"}
     assert set(reasons("fa3.decode", FA3, "nvidia:sm_75,cuda=12.8")) == {"arch_not_listed", "build_lacks_arch"}
