@@ -22,7 +22,7 @@ LIBRARIES = (
         "flash-attn-3",
         ("flash-attn-3", "tokenspeed-fa3"),
         module="flash_attn_3._C",
-        install="build hopper/ of github.com/Dao-AILab/flash-attention, or pip install tokenspeed-fa3",
+        install="build hopper/ of github.com/Dao-AILab/flash-attention, or pip install tokenspeed-fa3 (sm_90, CUDA 13)",
     ),
     Library(
         "flash-attn-4",

@@ -82,11 +82,39 @@ def test_what_no_build_for_the_arch_has_is_not_promised() -> None:  # requiremen
     assert (
         found["feature_unsupported"] == "sinks: flash_attn_varlen_func of upstream's flash-attention 3 takes no sinks"
     )
-    assert set(reasons("fa3.prefill", {}, sinks=True)) == {"not_installed"}
+    wheel = "nvidia:sm_90,cuda=13.0"
+    assert set(reasons("fa3.prefill", {}, wheel, sinks=True)) == {"not_installed"}
+    for device, torch in (("nvidia:sm_90,cuda=12.8", "2.13.0"), (wheel, "2.8.0")):
+        found = reasons("fa3.prefill", {"torch": torch}, device, sinks=True)
+        assert set(found) == {"not_installed", "feature_unsupported"}
+
+
+@pytest.mark.parametrize("phase", ["prefill", "extend", "decode"])
+@pytest.mark.parametrize("version", ["3.0.0.post20251110", "3.0.0.post20260408", "3.0.0.post20260810"])
+def test_the_wheel_needs_the_torch_and_the_cuda_that_it_was_made_for(phase: str, version: str) -> None:
+    # requirement P25, P45, E6
+    """It is linked with libcudart.so.13, and torch before 2.9 lacks functions of the ABI that it was made for."""
+    name, wheel, hopper = f"fa3.{phase}", {"tokenspeed-fa3": version}, "nvidia:sm_90,cuda=13.0"
+    label = f"tokenspeed-fa3 {version}"
+    assert reasons(name, wheel, hopper) == reasons(name, {**wheel, "torch": "2.9.0"}, "nvidia:sm_90,cuda=13.2") == {}
+    linked = f"{label} is linked with libcudart.so.13, of CUDA 13; this is "
+    assert reasons(name, wheel, "nvidia:sm_90,cuda=12.8") == {"runtime_too_old": f"{linked}12.8"}
+    assert reasons(name, wheel, "nvidia:sm_90,cuda=14.0") == {"check": f"{linked}14.0"}
+    old = f"{label} is made for the stable ABI of torch >=2.9; 2.8.0 is installed"
+    assert reasons(name, {**wheel, "torch": "2.8.0"}, hopper) == {"version_too_old": old}
+    upstream = {**FA3, "torch": "2.8.0"}
+    assert reasons(name, upstream, "nvidia:sm_90,cuda=12.8") == reasons(name, upstream, hopper) == {}
+    assert set(reasons(name, {**FA3, "torch": "2.5.1"}, hopper)) == {"version_too_old"}
+
+
+def test_the_first_wheel_has_no_sinks() -> None:  # requirement D11
+    for version, fits in (("3.0.0.post20251110", False), ("3.0.0.post20260408", True)):
+        found = reasons("fa3.decode", {"tokenspeed-fa3": version}, "nvidia:sm_90,cuda=13.0", sinks=True)
+        assert set(found) == (set() if fits else {"feature_unsupported"})
 
 
 def test_a_build_without_code_for_the_arch_is_refused() -> None:  # requirement P44
-    found = reasons("fa3.prefill", TOKENSPEED, "nvidia:sm_80,cuda=12.8")
+    found = reasons("fa3.prefill", TOKENSPEED, "nvidia:sm_80,cuda=13.0")
     assert found == {"build_lacks_arch": "the installed build is for sm_90, not for sm_80"}
     assert reasons("fa3.prefill", FA3, "nvidia:sm_80,cuda=12.8") == {}
 
@@ -107,7 +135,8 @@ def test_a_build_without_code_for_the_arch_is_refused() -> None:  # requirement 
 )  # fmt: skip
 def test_variants_are_told_apart(fields: dict[str, Any], upstream: str, wheel: str) -> None:  # requirement D11, P22
     for libraries, text in ((FA3, upstream), (TOKENSPEED, wheel)):
-        assert list(reasons("fa3.prefill", libraries, **fields).values()) == ([text] if text else [])
+        found = reasons("fa3.prefill", libraries, "nvidia:sm_90,cuda=13.0", **fields)
+        assert list(found.values()) == ([text] if text else [])
 
 
 def test_an_fp8_cache_needs_the_permission_for_fp8_queries() -> None:  # requirement B7, P26

@@ -97,7 +97,18 @@ def test_what_is_refused() -> None:
     assert reasons(hopper, FA3) == []
     assert reasons("nvidia:sm_80,cuda=12.8", FA3) == ["needs sm_90; this is sm_80"]
     wheel = {"torch": "2.13.0", "tokenspeed-fa3": "3.0.0.post20260810"}
-    assert reasons(hopper, wheel) == ["tokenspeed-fa3 3.0.0.post20260810 was built without unequal head dims"]
+    text = "tokenspeed-fa3 3.0.0.post20260810 was built without unequal head dims"
+    assert reasons("nvidia:sm_90,cuda=13.0", wheel) == [text]
+    assert text in reasons(hopper, wheel)
+    assert any("libcudart.so.13" in found for found in reasons(hopper, wheel))
+    with hal.simulate(hopper, libraries={"torch": "2.13.0"}):
+        (absent,) = next(
+            c.reasons
+            for c in hal.select(request_of()).choices["decode"].candidates
+            if c.kernel.name == "fa3.mla_decode"
+        )
+    assert absent.code == "not_installed"
+    assert "tokenspeed" not in absent.remedy, "its wheel would not do"
     text = "page_size 64; needs no multiple of 64, where NaN in unused slots changes nothing"
     assert reasons(hopper, FA3, page_size=64, num_q_heads=128) == [text]
     assert reasons(hopper, FA3, page_size=64, num_q_heads=64) == []
