@@ -237,6 +237,15 @@ def test_a_step_that_flashinfers_plan_has_no_room_for_is_an_error() -> None:
             made.plan(step)
 
 
+@pytest.mark.parametrize(("cuda", "fa3", "fa2"), [("11.8", False, False), ("12.2", False, True), ("12.3", True, True)])
+def test_flashinfers_fa3_is_for_cuda_12_3_and_newer(cuda: str, fa3: bool, fa2: bool) -> None:  # requirement P25, E1
+    with hal.simulate(f"nvidia:sm_90,cuda={cuda}", libraries={"torch": "2.13.0", flashinfer.LIBRARY: "0.6.13"}):
+        candidates = hal.select(request_of()).choices["decode"].candidates
+    for name, fits in (("flashinfer_fa3.mla_decode", fa3), ("flashinfer_fa2.mla_decode", fa2)):
+        codes = [r.code for c in candidates if c.kernel.name == name for r in c.reasons]
+        assert codes == ([] if fits else ["runtime_too_old"])
+
+
 def test_flashinfer_of_0_7_is_refused() -> None:
     with hal.simulate("nvidia:sm_90,cuda=12.8", libraries={"torch": "2.13.0", flashinfer.LIBRARY: "0.7.4"}):
         candidates = hal.select(request_of()).choices["decode"].candidates
