@@ -46,29 +46,6 @@ def test_cuda_is_compared_by_number(cuda: str, fits: bool) -> None:  # requireme
     assert found == ({} if fits else {"runtime_too_old": f"needs cuda >=12.3; this is {cuda}"})
 
 
-@pytest.mark.parametrize("kernel", ["fa2.prefill", "fa2.extend", "fa2.decode"])
-@pytest.mark.parametrize("arch", ["sm_100", "sm_103", "sm_120", "sm_121"])
-def test_flash_attention_2_has_code_for_blackwell_since_2_7_3(kernel: str, arch: str) -> None:  # requirement P44, P45
-    """By setup.py of each version, which builds no PTX; and with CUDA 12.8."""
-    device, paged = f"nvidia:{arch},cuda=12.8", {"page_size": 256}
-    for version in ("2.7.0.post2", "2.7.2.post1"):
-        text = f"code for {arch} needs flash-attn >=2.7.3; {version} is installed"
-        assert reasons(kernel, {"flash-attn": version}, device, **paged) == {"version_too_old": text}
-        assert reasons(kernel, {"flash-attn": version}, "nvidia:sm_90,cuda=12.8", **paged) == {}
-        old = reasons(kernel, {"flash-attn": version}, f"nvidia:{arch},cuda=12.4", **paged)
-        assert set(old) == {"runtime_too_old", "version_too_old"}
-    assert reasons(kernel, {"flash-attn": "2.7.3"}, device, **paged) == {}
-    found = reasons(kernel, {"flash-attn": "2.7.3"}, f"nvidia:{arch},cuda=12.4", **paged)
-    assert found == {"runtime_too_old": f"code for {arch} is built with CUDA >=12.8 only; this is 12.4"}
-
-
-def test_flash_attention_2_has_code_for_hopper_with_cuda_11_8() -> None:  # requirement P44, E1
-    old = {"flash-attn": "2.7.0.post2"}
-    assert set(reasons("fa2.prefill", old, "nvidia:sm_90,cuda=11.7")) == {"runtime_too_old"}
-    assert reasons("fa2.prefill", old, "nvidia:sm_90,cuda=11.8") == {}
-    assert reasons("fa2.prefill", old, "nvidia:sm_89,cuda=11.7") == {}
-
-
 def test_the_missing_package_is_blamed_and_not_the_gpu() -> None:  # requirement E7, P45
     assert set(reasons("fa3.decode", {})) == {"not_installed"}
     assert set(reasons("fa3.decode", FA3, "nvidia:sm_75,cuda=12.8")) == {"arch_not_listed", "build_lacks_arch"}
@@ -87,30 +64,6 @@ def test_what_no_build_for_the_arch_has_is_not_promised() -> None:  # requiremen
     for device, torch in (("nvidia:sm_90,cuda=12.8", "2.13.0"), (wheel, "2.8.0")):
         found = reasons("fa3.prefill", {"torch": torch}, device, sinks=True)
         assert set(found) == {"not_installed", "feature_unsupported"}
-
-
-@pytest.mark.parametrize("phase", ["prefill", "extend", "decode"])
-@pytest.mark.parametrize("version", ["3.0.0.post20251110", "3.0.0.post20260408", "3.0.0.post20260810"])
-def test_the_wheel_needs_the_torch_and_the_cuda_that_it_was_made_for(phase: str, version: str) -> None:
-    # requirement P25, P45, E6
-    """It is linked with libcudart.so.13, and torch before 2.9 lacks functions of the ABI that it was made for."""
-    name, wheel, hopper = f"fa3.{phase}", {"tokenspeed-fa3": version}, "nvidia:sm_90,cuda=13.0"
-    label = f"tokenspeed-fa3 {version}"
-    assert reasons(name, wheel, hopper) == reasons(name, {**wheel, "torch": "2.9.0"}, "nvidia:sm_90,cuda=13.2") == {}
-    linked = f"{label} is linked with libcudart.so.13, of CUDA 13; this is "
-    assert reasons(name, wheel, "nvidia:sm_90,cuda=12.8") == {"runtime_too_old": f"{linked}12.8"}
-    assert reasons(name, wheel, "nvidia:sm_90,cuda=14.0") == {"check": f"{linked}14.0"}
-    old = f"{label} is made for the stable ABI of torch >=2.9; 2.8.0 is installed"
-    assert reasons(name, {**wheel, "torch": "2.8.0"}, hopper) == {"version_too_old": old}
-    upstream = {**FA3, "torch": "2.8.0"}
-    assert reasons(name, upstream, "nvidia:sm_90,cuda=12.8") == reasons(name, upstream, hopper) == {}
-    assert set(reasons(name, {**FA3, "torch": "2.5.1"}, hopper)) == {"version_too_old"}
-
-
-def test_the_first_wheel_has_no_sinks() -> None:  # requirement D11
-    for version, fits in (("3.0.0.post20251110", False), ("3.0.0.post20260408", True)):
-        found = reasons("fa3.decode", {"tokenspeed-fa3": version}, "nvidia:sm_90,cuda=13.0", sinks=True)
-        assert set(found) == (set() if fits else {"feature_unsupported"})
 
 
 def test_a_build_without_code_for_the_arch_is_refused() -> None:  # requirement P44
