@@ -6,8 +6,10 @@ sm_90 have run at their corners on an H200 with b36; the others are emulated, an
 
 * Versions: b22 asks for exactly nvidia-cutlass-dsl 4.6.0.dev0, b27 and later for 4.6.2 or newer: one pair of bounds.
   tokenspeed-fa4 counts by dates: 4.0.0.post20260710 and those before it have older files, and 4.6.0 or older.
-* No FP8: ``q_descale``, ``k_descale`` and ``v_descale`` are arguments of the private forward alone, and without scales
-  an FP8 cache means nothing.
+* No FP8, in any of these. On sm_10x alone q, k and v may be e4m3 or e5m2, all alike, and the output is bfloat16; but
+  ``q_descale``, ``k_descale`` and ``v_descale`` are parameters of ``_flash_attn_fwd`` alone, and what the package exports
+  (``flash_attn/cute/__init__.py``) are ``flash_attn_func`` and ``flash_attn_varlen_func``, which call it without them.
+  Without scales an FP8 cache means nothing.
 * sm_8x and sm_12x have no paged keys, no sinks (``flash_fwd.py``: "not supported in this kernel") and no limit on head
   dims but shared memory: 128 is declared. sm_8x has no backward.
 * Blackwell has head dims 8 to 128, (192, 128) and 256; 256 went wrong there for a V that is a view (tokenspeed#445) and

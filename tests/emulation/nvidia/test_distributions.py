@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from emulated import signatures
+from emulated import flash_attn_4, signatures
 
 import hal
 from hal import _plugins
@@ -100,3 +100,23 @@ def test_tokenspeed_fa4_of_before_4_0_0b27_is_refused() -> None:  # requirement 
             "4.0.0.post20260710 is installed"
         }
         assert reasons(name, {**old, **FA4}, "nvidia:sm_90,cuda=13.0", page_size=64) == {}
+
+
+@pytest.mark.parametrize("version", flash_attn_4.VERSIONS)
+def test_flash_attention_4_has_no_place_for_the_scales_of_fp8(version: str) -> None:  # requirement P22, B7
+    """Its kernels for sm_10x read e4m3; without scales that is no cache. With a parameter for them, declare it."""
+    for name, found in signatures.functions(flash_attn_4.distribution(version), version).items():
+        assert [p for p in found.parameters if "scale" in p] == ["softmax_scale"], name
+    fp8 = {"kv_dtype": "float8_e4m3fn", "fp8_query": True, "page_size": 64}
+    for arch in ("sm_100", "sm_103"):
+        device = f"nvidia:{arch},cuda=13.0"
+        assert set(reasons("fa4.decode_sm100", FA4, device, **fp8)) == {"dtype"}
+        assert set(reasons("fa4.extend_sm100", FA4, device, **fp8)) == {"dtype"}
+        assert set(reasons("fa4.prefill_sm100", FA4, device, qkv_dtype="float8_e4m3fn")) == {"dtype"}
+
+
+def test_what_is_left_out_names_where_it_was_looked_for() -> None:  # requirement P22
+    page = (signatures.ROOT / "docs" / "support.md").read_text(encoding="utf-8")
+    section = page.partition("## Left out")[2].partition("\n## ")[0]
+    for words in ("flash_attn/cute/interface.py", "_flash_attn_fwd", *signatures.versions("flash-attn-4")):
+        assert words in section
