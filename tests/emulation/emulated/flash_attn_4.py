@@ -19,21 +19,30 @@ from torch import Tensor
 
 from emulated.attend import attend_rows, paged_rows
 from emulated.named import by_name
-from emulated.signatures import functions, signature
+from emulated.signatures import functions, signature, versions
+from hal_nvidia.flash_attn_4_kernels import DISTRIBUTIONS
 
-__all__ = ["LIBRARY", "emulations"]
+__all__ = ["LIBRARY", "VERSIONS", "distribution", "emulations"]
 
 LIBRARY = "flash-attn-4"
+VERSIONS = tuple(v for d in DISTRIBUTIONS for v in versions(d))
+"""Those of both distributions, whose numbers differ: one counts by dates."""
 _OVERFLOWS = 88.7
 """How far a sink may lie above a row's scores."""
+
+
+def distribution(version: str) -> str:
+    """The one that has the version."""
+    return next(d for d in DISTRIBUTIONS if version in versions(d))
 
 
 def emulations(version: str, arch: str) -> dict[str, Callable[..., Any]]:
     """Name to function, as a version behaves on an arch."""
     cute = _Cute(int(arch.removeprefix("sm_")) // 10)
     known = {"flash_attn_func": cute.dense, "flash_attn_varlen_func": cute.ragged}
-    kept = {name.partition(":")[2] for name in functions(LIBRARY, version)}
-    return {name: by_name(core, signature(LIBRARY, version, name)) for name, core in known.items() if name in kept}
+    held = distribution(version)
+    kept = {name.partition(":")[2] for name in functions(held, version)}
+    return {name: by_name(core, signature(held, version, name)) for name, core in known.items() if name in kept}
 
 
 class _Cute:
