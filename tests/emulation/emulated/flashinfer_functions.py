@@ -44,8 +44,10 @@ def attention(
     )
     lse = lse * LOG2_E
     empty = lse == -math.inf
+    if backend == "fa3" and not k.shape[0]:
+        empty = torch.ones_like(empty)  # no tile, to which sinks would be added
     if backend == "fa3" and k.shape[0] and masked > -math.inf:
-        lse[empty] = masked * masks.scale * LOG2_E + math.log2(k.shape[0])
+        lse[empty] = masked * (masks.softcap or masks.scale) * LOG2_E + math.log2(k.shape[0])
         out = torch.where(empty.unsqueeze(-1), v.float().mean(0).repeat_interleave(q.shape[1] // v.shape[1], 0), out)
     elif backend:
         lse[empty] = masked
