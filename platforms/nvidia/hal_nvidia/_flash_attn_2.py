@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import hal
-from hal_nvidia._flash import longest_query, nothing, window_of, without_keys
+from hal_nvidia._flash import longest_query, nothing, window_of, with_step, without_keys
 from hal_ops.attention import AttentionRequest, PagedAttention, PrefillAttention, Step
 from hal_ops.attention.reference import check_tensors
 
@@ -35,6 +35,10 @@ class _Prefill:
     def for_dense(self, q: Tensor, k: Tensor, v: Tensor) -> Any:
         """The library's function itself, where a call has keys and queries, and nothing else."""
         return self._dense if q.numel() and k.numel() else self
+
+    def for_step(self, step: Step) -> Any:
+        """This with the lengths of a step."""
+        return with_step(self, step)
 
     def __call__(
         self,
