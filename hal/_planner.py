@@ -21,6 +21,8 @@ class Planner:
     _implementations: Mapping[str, Any]
     _torch_device: torch.device
     _max_q_len: int
+    _graph: bool
+    """Whether graphs may hold plans: what a launch depends on beside tensors is then that of any step."""
     _traced = False
     """Whether calls are nodes for compilers, which plans are then made for."""
 
@@ -61,7 +63,9 @@ class Planner:
         buffers = None
         if max_batch is not None:
             tokens = max_tokens or max_batch * self._max_q_len
-            buffers = Buffers(max_batch, tokens, max_pages or max(1, step.block_table.shape[1]), self._torch_device)
+            most = None if not self._graph else self._max_q_len if phase == "decode" else tokens
+            pages = max_pages or max(1, step.block_table.shape[1])
+            buffers = Buffers(max_batch, tokens, pages, self._torch_device, most)
             step = buffers.fill(step)
         elif max_tokens is not None or max_pages is not None:
             raise InputError("max_tokens and max_pages go with max_batch")
@@ -77,12 +81,15 @@ class Planner:
             raise InputError(
                 f"the plan is for the {plan.phase} phase, and this step takes {self._route(step)[0]}: make another plan"
             )
+        implementation = self._implementations[plan.phase]
+        refuses = getattr(implementation, "refuses", None)
+        if refuses is not None and (why := refuses(step, plan._payload)):
+            raise InputError(why)
         plan._step = plan._buffers.fill(step)
         if plan.phase == "prefill":
             plan._payload = None
             self._prepare(plan)
             return
-        implementation = self._implementations[plan.phase]
         update = getattr(implementation, "update", None)
         plan._payload = implementation.plan(plan._step) if update is None else update(plan._step, plan._payload)
 
