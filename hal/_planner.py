@@ -81,17 +81,18 @@ class Planner:
             raise InputError(
                 f"the plan is for the {plan.phase} phase, and this step takes {self._route(step)[0]}: make another plan"
             )
-        implementation = self._implementations[plan.phase]
-        refuses = getattr(implementation, "refuses", None)
+        fresh = plan.phase == "prefill"
+        # A plan over fresh keys has a payload only after a call over the cache alone: a graph may hold that, too.
+        paged = None if fresh and plan._payload is None else self._implementations["extend" if fresh else plan.phase]
+        refuses = getattr(paged, "refuses", None)
         if refuses is not None and (why := refuses(step, plan._payload)):
             raise InputError(why)
         plan._step = plan._buffers.fill(step)
-        if plan.phase == "prefill":
-            plan._payload = None
+        if fresh:
             self._prepare(plan)
-            return
-        update = getattr(implementation, "update", None)
-        plan._payload = implementation.plan(plan._step) if update is None else update(plan._step, plan._payload)
+        if paged is not None:
+            update = getattr(paged, "update", None)
+            plan._payload = paged.plan(plan._step) if update is None else update(plan._step, plan._payload)
 
     def _route(self, step: Step) -> tuple[str, str]:
         """The phase that serves a step, and when its k and v are written."""

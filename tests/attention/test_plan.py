@@ -139,6 +139,12 @@ def bounded(fake_platform: Any, attention_kernel: Any, kernel_module: Any) -> An
     class Paged:
         def plan(self, step: Any) -> Any:
             planned.append(step)
+            return [step]
+
+        def update(self, step: Any, payload: Any) -> Any:
+            planned.append(step)
+            payload[:] = [step]
+            return payload
 
         def refuses(self, step: Any, payload: Any) -> str:
             return "seven rows are too many" if step.batch == 7 else ""
@@ -192,6 +198,21 @@ def test_a_plan_for_graphs_has_bounds_that_hold_for_every_later_step(bounded: An
             whole = handle.plan(**step, block_table=table)
             assert planned[-1].max_q_len == max(step["q_lens"]), "a plan that keeps nothing is for its own step"
             assert whole.num_tokens == sum(step["q_lens"])
+
+
+def test_a_call_over_the_cache_alone_that_a_graph_holds_keeps_its_payload(bounded: Any) -> None:
+    # requirement E12, P37
+    """Also of a plan over fresh keys, which is given one by that call."""
+    made, planned = bounded
+    handle = hal.get_attention(**made, graph=True, phases=("prefill", "extend"))
+    plan = handle.plan(q_lens=[5, 2], kv_lens=[5, 2], block_table=[[0], [1]], max_batch=2, max_tokens=8)
+    assert (plan.phase, plan._payload) == ("prefill", None)
+    handle(torch.zeros(7, 4, 8), cache=handle.allocate_kv_cache(2), plan=plan)
+    held = plan._payload
+    plan.update(q_lens=[6], kv_lens=[6], block_table=[[1]])
+    assert plan._payload is held
+    assert held == [plan._step]
+    assert plan._step.q_lens == (6, 0)
 
 
 def test_what_a_kernel_refuses_changes_nothing(bounded: Any) -> None:  # requirement P37
