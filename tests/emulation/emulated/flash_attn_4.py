@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emulated.attend import attend_rows, paged_rows
+from emulated.attend import attend_rows, fresh_rows, paged_rows, with_garbage
 from emulated.named import by_name
 from emulated.signatures import functions, signature, versions
 from hal_nvidia.flash_attn_4_kernels import DISTRIBUTIONS
@@ -77,7 +77,7 @@ class _Cute:
         if page_table is None:
             assert cu_seqlens_k is not None
             kv_lens = cu_seqlens_k.diff().tolist()
-            rows = list(zip(q.split(q_lens), k.split(kv_lens), v.split(kv_lens), strict=True))
+            rows = fresh_rows(q, k, v, q_lens, kv_lens)
         else:
             assert cu_seqlens_k is None, "page_table is not supported with cu_seqlens_k"
             masked = causal or window_size != (None, None)
@@ -85,10 +85,7 @@ class _Cute:
         assert max_seqlen_k is not None
         assert max(kv_lens) <= max_seqlen_k
         out, lse = self._attend(rows, q, v, softmax_scale, causal, window_size, softcap, learnable_sink)
-        extra = q.shape[0] - out.shape[0]
-        if extra:
-            out = torch.cat([out, torch.full((extra, *out.shape[1:]), math.nan)])
-            lse = torch.cat([lse, torch.full((extra, lse.shape[1]), math.nan)])
+        out, lse = with_garbage(out, lse, q.shape[0])
         return out.to(q.dtype), lse.t() if return_lse else None
 
     def _pages(
