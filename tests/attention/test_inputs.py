@@ -74,6 +74,11 @@ def test_a_wrong_device_is_seen_on_the_fast_path_too() -> None:
         ({"cu_seqlens_q": cu(0, 2, 1, 3), "cu_seqlens_k": cu(0, 1, 2, 3)}, "never fall"),
         ({"cu_seqlens_q": cu(0, 4), "cu_seqlens_k": cu(0, 3)}, "cu_seqlens_q ends at 4, and there are 3 tokens"),
         ({"cu_seqlens_q": cu(0, 3), "cu_seqlens_k": cu(0, 3), "max_seqlen_k": 2}, "max_seqlen_k=2, and .* of 3"),
+        (
+            {"cu_seqlens_q": cu(0, 9, 3)[::2], "cu_seqlens_k": cu(0, 3)},
+            r"cu_seqlens_q has strides \(2,\): give a contig",
+        ),
+        ({"cu_seqlens_q": cu(0, 3), "cu_seqlens_k": cu(0, 9, 3)[::2]}, r"cu_seqlens_k has strides \(2,\)"),
         ({"cu_seqlens_q": cu(0, 3).to("meta"), "cu_seqlens_k": cu(0, 3)}, "cu_seqlens_q is on meta"),
     ],
 )
@@ -90,6 +95,8 @@ def test_ragged(keywords: dict[str, Any], text: str) -> None:  # requirement D9
         ({"alibi": True}, {}, "alibi_slopes is missing"),
         ({"sinks": True}, {"sinks": torch.zeros(2)}, r"sinks is \(2,\): give one number a query head, \[4\]"),
         ({"sinks": True}, {"sinks": torch.zeros(4, dtype=torch.bfloat16)}, "sinks is torch.bfloat16: give float32"),
+        ({"sinks": True}, {"sinks": torch.zeros(8)[::2]}, r"sinks has strides \(2,\): give a contiguous one"),
+        ({"alibi": True}, {"alibi_slopes": torch.zeros(1).expand(4)}, r"alibi_slopes has strides \(0,\)"),
         ({}, {"return_lse": True}, "was not in the request"),
     ],
 )
@@ -261,3 +268,13 @@ def test_maxima_without_lengths_are_refused() -> None:
     for maxima in ({"max_seqlen_q": 3}, {"max_seqlen_k": 3}):
         with pytest.raises(InputError, match="are for ragged calls"):
             handle(*q_k_v(), **maxima)
+
+
+def test_scales_of_fp8_values_that_lie_apart() -> None:
+    handle = hal.get_attention(
+        **{**SMALL, "dtype": "bfloat16"}, qkv_dtype="float8_e4m3fn", qkv_scale="head", phases="prefill"
+    )
+    given = [x.to(torch.float8_e4m3fn) for x in q_k_v()]
+    handle(*given, k_scale=torch.ones(2), v_scale=torch.ones(()))
+    with pytest.raises(InputError, match=r"k_scale has strides \(2,\): give a contiguous one"):
+        handle(*given, k_scale=torch.ones(4)[::2])

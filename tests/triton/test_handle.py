@@ -91,6 +91,22 @@ def test_plans_of_host_lengths_wait_for_nothing(phase: str, device: str, monkeyp
     plan.update(q_lens=q_lens[:2], kv_lens=kv_lens[:2], block_table=TABLE[:2])
 
 
+@pytest.mark.parametrize("phase", ["decode", "extend"])
+def test_a_table_of_any_strides_names_the_same_pages(phase: str, device: str) -> None:
+    handle = handle_of(device)
+    q_lens, kv_lens = PHASES[phase]
+    cache, (q, _, _) = handle.allocate_kv_cache(24), tensors(handle, sum(q_lens))
+    for held in (cache.k, cache.v):
+        held.copy_(torch.randn(held.shape, generator=torch.Generator().manual_seed(1)))
+    rows = TABLE[:3].to(device)
+    columns_first = rows.t().contiguous().t()
+    out = [
+        handle(q, cache=cache, plan=handle.plan(q_lens=q_lens, kv_lens=kv_lens, block_table=table))
+        for table in (rows, columns_first)
+    ]
+    assert torch.equal(*out)
+
+
 def addresses(value: Any, seen: set[int] | None = None) -> list[int]:
     """Of all tensors that a plan holds, its kernel's payload included."""
     seen = set() if seen is None else seen
