@@ -156,6 +156,20 @@ def test_caches(build: Any, text: str) -> None:  # requirement D8, P32
     assert not cache.k.any()
 
 
+def test_tokens_of_a_page_that_lie_too_far_apart() -> None:  # requirement D8
+    """Kernels add them up in 32 bits."""
+    text = "lie 1073741824 elements apart: the 4 of a page must lie within 2\\*\\*31 elements"
+    handle = hal.get_attention(**SMALL, kv_layout="NHD")
+    far = torch.empty_strided((3, 4, 2, 8), (16, 1 << 30, 8, 1), device="meta")
+    plan = handle.plan(q_lens=[1], kv_lens=[1], block_table=[[0]])
+    with pytest.raises(InputError, match=f"v's tokens {text}"):
+        handle(q(1), cache=hal.KVCache(torch.empty(3, 4, 2, 8, device="meta"), far, layout="NHD"), plan=plan)
+    latent = hal.get_mla_attention(num_q_heads=2, kv_lora_rank=16, qk_rope_head_dim=8, dtype="float32", page_size=4)
+    cache = hal.MlaCache(torch.empty_strided((3, 4, 24), (24, 1 << 30, 1), device="meta"))
+    with pytest.raises(InputError, match=f"data's tokens {text}"):
+        latent(torch.zeros(1, 2, 24), cache=cache, plan=latent.plan(q_lens=[1], kv_lens=[1], block_table=[[0]]))
+
+
 def test_interleaved_k_and_v_views_are_fine() -> None:  # requirement D8
     handle = hal.get_attention(**SMALL, kv_layout="NHD")
     pages = torch.zeros(3, 2, 4, 2, 8)
