@@ -49,15 +49,14 @@ def poisoned(handle: Attention) -> hal.KVCache:
 
 @pytest.mark.parametrize("fields", [{}, {"kv_layout": "HND", "window": 5}], ids=["NHD", "HND, window"])
 def test_prewrite_and_postwrite_agree_in_output_and_cache(
-    fields: dict[str, Any], device: str, monkeypatch: pytest.MonkeyPatch
+    fields: dict[str, Any], device: str
 ) -> None:  # requirement B8
     handle = handle_of(device, **fields)
     found = []
-    for route in (("prefill", "after"), ("extend", "before")):
-        monkeypatch.setattr(Attention, "_route", lambda self, step, route=route: route)
+    for phase, when in (("prefill", "after"), ("extend", "before")):
         cache, (q, k, v) = poisoned(handle), tensors(handle, 31)
-        plan = handle.plan(q_lens=[9, 1, 21], kv_lens=[9, 1, 21], block_table=TABLE[:3])
-        assert (plan.phase, plan.write) == route
+        plan = handle.plan(q_lens=[9, 1, 21], kv_lens=[9, 1, 21], block_table=TABLE[:3], phase=phase)
+        assert (plan.phase, plan.write) == (phase, when)
         found.append((handle(q, k, v, cache=cache, plan=plan), cache))
     (after, one), (before, other) = found
     torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)
@@ -123,16 +122,30 @@ def addresses(value: Any, seen: set[int] | None = None) -> list[int]:
 
 STEPS: dict[str, list[tuple[list[int], list[int]]]] = {
     "decode": [([1] * 4, [40, 3, 17, 48]), ([1, 1], [9, 41]), ([1, 1, 1], [1, 8, 33]), ([1] * 4, [48, 48, 1, 2])],
-    "extend": [([9, 3, 1, 5], [40, 3, 17, 48]), ([2, 7], [9, 41]), ([1, 8, 3], [1, 8, 33]), ([16], [48])],
+    "extend": [
+        ([9, 3, 1, 5], [40, 3, 17, 48]),
+        ([2, 7], [9, 41]),
+        ([1, 8, 3], [1, 8, 33]),
+        ([16], [48]),
+        ([1] * 4, [40, 3, 17, 48]),
+        ([9, 2, 7], [9, 2, 7]),
+        ([1, 1], [1, 1]),
+    ],
+    "prefill": [([5, 3, 1, 9], [5, 3, 1, 9]), ([2, 7], [2, 7]), ([1] * 4, [1] * 4), ([18], [18]), ([0, 4], [0, 4])],
 }
+
+
+def largest(handle: Attention, phase: str) -> hal.Plan:
+    q_lens, kv_lens = STEPS[phase][0]
+    sizes = {"max_batch": 4, "max_tokens": 18, "max_pages": 6}
+    return handle.plan(q_lens=q_lens, kv_lens=kv_lens, block_table=TABLE, **sizes, phase=phase)
 
 
 @pytest.mark.parametrize("phase", STEPS)
 def test_a_plan_of_maximum_size_serves_smaller_steps_in_place(phase: str, device: str) -> None:
     # requirement P37, E12
     handle = handle_of(device, graph=True)
-    q_lens, kv_lens = STEPS[phase][0]
-    plan = handle.plan(q_lens=q_lens, kv_lens=kv_lens, block_table=TABLE, max_batch=4, max_tokens=18, max_pages=6)
+    plan = largest(handle, phase)
     before, cache, other = addresses(plan), handle.allocate_kv_cache(24), handle.allocate_kv_cache(24)
     assert len(before) > 6, "nothing of the kernel's own"
     for k, held in ((7, cache), (7, other)):
@@ -157,8 +170,7 @@ def test_a_plan_of_maximum_size_serves_smaller_steps_in_place(phase: str, device
 def test_a_captured_step_follows_its_plan(phase: str, device: str) -> None:  # requirement E12, P37, X13
     """Captured once with the largest step, in a frozen workspace; replayed with other lengths and smaller batches."""
     handle, plain = handle_of(device, graph=True), handle_of(device)
-    q_lens, kv_lens = STEPS[phase][0]
-    plan = handle.plan(q_lens=q_lens, kv_lens=kv_lens, block_table=TABLE, max_batch=4, max_tokens=18, max_pages=6)
+    plan = largest(handle, phase)
     cache, other = handle.allocate_kv_cache(24), handle.allocate_kv_cache(24)
     three = tensors(handle, 18)
     handle(*three, cache=cache, plan=plan)
