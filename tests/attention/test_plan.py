@@ -203,6 +203,44 @@ def test_a_plan_refuses_what_its_phase_cannot_serve() -> None:  # requirement P3
         latent.plan(q_lens=[1], kv_lens=[1], block_table=[[0]], phase="prefill")
 
 
+@pytest.mark.parametrize("kernel", ["torch_cpu", "reference"])
+@pytest.mark.parametrize("phase", [*MIXED, "decode"])
+def test_tokens_of_no_row_give_nothing(phase: str, kernel: str) -> None:  # requirement E12
+    """q, k and v may keep the plan's largest size; what is in their tails is read by nobody."""
+    handle = hal.get_attention(**SMALL, kernel=kernel, return_lse=True)
+    q_lens, kv_lens = MIXED.get(phase, [([1, 1], [9, 2])])[0]
+    step = {"q_lens": q_lens, "kv_lens": kv_lens, "block_table": torch.arange(9).reshape(3, 3)[: len(q_lens)]}
+    plan, once = handle.plan(**step, max_batch=3, max_tokens=8, phase=phase), handle.plan(**step, phase=phase)
+    n = plan.num_tokens
+    q, k, v = (torch.randn(8, heads, 8) for heads in (4, 2, 2))
+    for x in (q, k, v):
+        x[n:] = torch.nan
+    cache, other = handle.allocate_kv_cache(9), handle.allocate_kv_cache(9)
+    out, lse = handle(q, k, v, cache=cache, plan=plan, return_lse=True)
+    right, right_lse = handle(q[:n], k[:n], v[:n], cache=other, plan=once, return_lse=True)
+    assert (out.shape, lse.shape) == ((8, 4, 8), (8, 4))
+    assert torch.equal(out[:n], right)
+    assert torch.equal(lse[:n], right_lse)
+    assert bool((out[n:] == 0).all())
+    assert bool((lse[n:] == -torch.inf).all())
+    assert torch.equal(cache.k, other.k)
+    assert torch.equal(handle(q, cache=cache, plan=plan), out)
+
+
+def test_latents_of_no_row_give_nothing() -> None:  # requirement E12
+    dims = {"num_q_heads": 2, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "dtype": "float32", "page_size": 4}
+    for kernel in ("torch_cpu", "reference"):
+        handle = hal.get_mla_attention(**dims, device="cpu", kernel=kernel)
+        cache = handle.allocate_kv_cache(9)
+        for q_lens in ([1, 1], [3, 1]):
+            step = {"q_lens": q_lens, "kv_lens": [5, 2], "block_table": [[0, 1], [2]]}
+            q, latent, n = torch.randn(8, 2, 24), torch.randn(8, 24), sum(q_lens)
+            out = handle(q, latent, cache=cache, plan=handle.plan(**step, max_batch=3, max_tokens=8))
+            torch.testing.assert_close(out[:n], handle(q[:n], cache=cache, plan=handle.plan(**step)))
+            assert out.shape == (8, 2, 16)
+            assert bool((out[n:] == 0).all())
+
+
 def test_a_plan_for_one_step_cannot_be_updated() -> None:
     handle = hal.get_attention(**SMALL)
     plan = handle.plan(q_lens=[1], kv_lens=[1], block_table=[[0]])

@@ -26,7 +26,8 @@ kernel wants to know about the step; may be None; no device synchronisation) and
          return_lse=False) -> out | (out, lse)
 
 q is ``[tokens, num_q_heads, head_dim]``; the caches are in ``request.kv_layout``; the last ``q_len`` tokens of a row's
-``kv_len`` are this step's, already written.
+``kv_len`` are this step's, already written. With ``graph=True`` q may hold more tokens than the step, behind its own: their
+results are nobody's, and must not be read from the cache or fail. No other request sees such a q.
 
 ``out`` has ``request.dtype`` and ``v_head_dim``; ``lse`` is float32 ``[batch, q_len, num_q_heads]`` or
 ``[tokens, num_q_heads]``, the natural log of the softmax denominator (the sink included). ``sinks`` and
