@@ -8,7 +8,7 @@ from hal._kv_cache import KVCache
 from hal._plan import Plan
 from hal.errors import InputError
 
-__all__ = ["check_no_gradients", "check_step_kinds", "check_tensor", "check_tensors"]
+__all__ = ["check_contiguous", "check_no_gradients", "check_step_kinds", "check_tensor", "check_tensors"]
 
 
 def check_tensor(name: str, value: Any) -> None:
@@ -24,6 +24,12 @@ def check_tensors(**values: Any) -> None:
     for name, value in values.items():
         if value is not None:
             check_tensor(name, value)
+
+
+def check_contiguous(name: str, value: Any) -> None:
+    """No gaps between numbers: kernels read a few of them one behind the other, and would read others without a word."""
+    if not value.is_contiguous():
+        raise InputError(f"{name} has strides {value.stride()}: give a contiguous one")
 
 
 def check_no_gradients(**values: Any) -> None:

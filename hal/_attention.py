@@ -10,6 +10,7 @@ from hal._argument_kinds import check_step_kinds
 from hal._device import Device
 from hal._kernel import Band
 from hal._kv_cache import KVCache
+from hal._padding import cleared, lengthened
 from hal._plan import Plan
 from hal._planner import Planner
 from hal._selection import Selection
@@ -179,6 +180,10 @@ class Attention(Planner):
     ) -> Any:
         """A step that was checked."""
         step = plan._step
+        if plan._buffers is not None and q.shape[0] != step.num_tokens and not self.request.graph:
+            n = step.num_tokens
+            k, v = (None, None) if k is None or v is None else (k[:n], v[:n])
+            return lengthened(self._attend(q[:n], k, v, cache, plan, extras), q.shape[0])
         if k is None or v is None:
             run, payload = plan._paged()
             return run(q, cache.k, cache.v, step, payload, k_scale=cache.k_scale, v_scale=cache.v_scale, **extras)
@@ -189,6 +194,8 @@ class Attention(Planner):
                 q, cache.k, cache.v, step, plan._payload, k_scale=cache.k_scale, v_scale=cache.v_scale, **extras
             )
         out = plan._run(q, k, v, **extras)
+        if plan._buffers is not None and self.request.graph:
+            out = cleared(out, slots)
         self._write(k, v, cache.k, cache.v, slots, k_scale=cache.k_scale, v_scale=cache.v_scale)
         return out
 

@@ -6,7 +6,7 @@ import itertools
 from typing import TYPE_CHECKING, Any
 
 from hal import _kv_cache
-from hal._argument_kinds import check_no_gradients, check_tensor
+from hal._argument_kinds import check_contiguous, check_no_gradients, check_tensor
 from hal.errors import InputError
 from hal_ops import is_fp8
 from hal_ops.attention import Step
@@ -51,6 +51,7 @@ def _per_head(handle: Attention, name: str, value: Tensor) -> Tensor:
         raise InputError(f"{name} is {value.dtype}: give float32")
     if value.device != handle._torch_device:
         raise InputError(f"{name} is on {value.device}, the handle on {handle._torch_device}")
+    check_contiguous(name, value)
     if not handle.request.needs_grad:
         check_no_gradients(**{name: value})
     return value
@@ -76,6 +77,7 @@ def check_scales(handle: Attention, **scales: Tensor | None) -> dict[str, Any]:
             )
         if value.device != handle._torch_device:
             raise InputError(f"{name} is on {value.device}, the handle on {handle._torch_device}")
+        check_contiguous(name, value)
     return given
 
 
@@ -127,6 +129,7 @@ def _check_cumulative(handle: Attention, name: str, cu: Tensor, tokens: int, lon
         raise InputError(f"{name} is {cu.dtype} {tuple(cu.shape)}: give int32 [batch + 1], in tokens")
     if cu.device != handle._torch_device:
         raise InputError(f"{name} is on {cu.device}, the handle on {handle._torch_device}")
+    check_contiguous(name, cu)
     if longest is not None and cu.device.type != "cpu" and not handle._debug_checks:
         return longest
     values = cu.tolist()

@@ -178,7 +178,14 @@ def _stride_problems(name: str, tensor: Tensor, layout: str) -> list[str]:
     if sizes[1] > 1 and sizes[2] > 1 and strides[1] < strides[2]:
         other = "HND" if layout == "NHD" else "NHD"
         return [f"{name} is called {layout}, and its strides {strides} are those of {other} memory"]
-    return []
+    return far_slots(name, sizes[1], strides[1]) if layout == "NHD" else []
+
+
+def far_slots(name: str, page_size: int, stride: int) -> list[str]:
+    """That the tokens of a page lie further apart than the kernels of attention count: 32 bits, in their inner loops."""
+    if (page_size - 1) * stride < 1 << 31:
+        return []
+    return [f"{name}'s tokens lie {stride} elements apart: the {page_size} of a page must lie within 2**31 elements"]
 
 
 def _gaps(name: str, tensor: Tensor) -> list[str]:

@@ -13,6 +13,7 @@ from hal._device import Device
 from hal._handle_key import key_of
 from hal._inputs import check_pages
 from hal._mla_cache import MlaCache, allocate, check_cache, check_tensors
+from hal._padding import lengthened
 from hal._plan import Plan
 from hal._planner import Planner
 from hal._selection import Selection
@@ -87,7 +88,17 @@ class MlaAttention(Planner):
         self._check(tensors, cache, plan)
         if latent is not None:
             self._put(latent, cache, plan)
-        return plan._run(q, cache.data, plan._step, plan._payload, kv_scale=cache.kv_scale, return_lse=return_lse)
+        count, real = q.shape[0], plan._step.num_tokens
+        cut = plan._buffers is not None and count != real and not self.request.graph
+        found = plan._run(
+            q[:real] if cut else q,
+            cache.data,
+            plan._step,
+            plan._payload,
+            kv_scale=cache.kv_scale,
+            return_lse=return_lse,
+        )
+        return lengthened(found, count) if cut else found
 
     def write(self, latent: Tensor, *, cache: MlaCache, plan: Plan) -> None:
         """Write this step's entries to the cache and attend to nothing: for prompts that ``prefill`` attends to.

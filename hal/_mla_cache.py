@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hal._argument_kinds import check_tensor
+from hal._kv_cache import far_slots
 from hal.errors import InputError
 from hal_ops import dtype_name, is_fp8, torch_dtype
 
@@ -106,6 +107,7 @@ def check_cache(handle: MlaAttention, cache: MlaCache) -> None:
     found = [f"{n} is {getattr(cache, n)}, not {value}" for n, value in wanted.items() if getattr(cache, n) != value]
     if cache.data.shape[2] != request.entry_dim:
         found.append(f"an entry has {cache.data.shape[2]} elements, not {request.entry_dim}")
+    found += far_slots("data", cache.page_size, cache.data.stride(1))
     if cache.data.device != handle._torch_device:
         found.append(f"it is on {cache.data.device}, not on {handle._torch_device}")
     if found:

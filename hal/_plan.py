@@ -62,7 +62,7 @@ class Plan:
 
         Raises:
             InputError: the plan has no buffers of its own (``max_batch`` was not given), the step is larger than they
-                are, or it needs another phase; nothing is changed then.
+                are, or it is none for the plan's phase; nothing is changed then.
         """
         if self._buffers is None:
             raise InputError(

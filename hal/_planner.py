@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from hal._plan import Buffers, Plan, make_step
-from hal.errors import InputError
+from hal.errors import InputError, did_you_mean
 from hal_ops.attention import Step
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class Planner:
         max_batch: int | None = None,
         max_tokens: int | None = None,
         max_pages: int | None = None,
+        phase: str | None = None,
     ) -> Plan:
         """The plan of one step, for every layer that uses this handle.
 
@@ -54,12 +55,15 @@ class Planner:
                 Each may be a sequence, a host tensor or a device tensor; with host lengths nothing synchronises.
             max_batch, max_tokens, max_pages: make a plan of this size whose buffers stay (``plan.update(...)``).
                 ``max_tokens`` defaults to ``max_batch * max_q_len``, ``max_pages`` to the table's width.
+            phase: the one that serves the step, and every step that the plan is updated to; default: the one that suits
+                this step best.
 
         Raises:
-            InputError: lengths that disagree, a table too small, or a step that none of the handle's phases serves.
+            InputError: lengths that disagree, a table too small, or a step that ``phase``, or none of the handle's phases,
+                serves.
         """
         step = make_step(q_lens, kv_lens, block_table, self._page_size(), self._torch_device)
-        phase, write = self._route(step)
+        phase, write = self._route(step) if phase is None else self._asked(phase, step)
         buffers = None
         if max_batch is not None:
             tokens = max_tokens or max_batch * self._max_q_len
@@ -77,10 +81,9 @@ class Planner:
     def _refill(self, plan: Plan, q_lens: Any, kv_lens: Any, block_table: Any) -> None:
         assert plan._buffers is not None
         step = make_step(q_lens, kv_lens, block_table, self._page_size(), self._torch_device)
-        if self._route(step) != (plan.phase, plan.write):
-            raise InputError(
-                f"the plan is for the {plan.phase} phase, and this step takes {self._route(step)[0]}: make another plan"
-            )
+        why = self._why_not(plan.phase, step)
+        if why:
+            raise InputError(f"the plan is for the {plan.phase} phase, and {why}: make another plan for this step")
         fresh = plan.phase == "prefill"
         # A plan over fresh keys has a payload only after a call over the cache alone: a graph may hold that, too.
         paged = None if fresh and plan._payload is None else self._implementations["extend" if fresh else plan.phase]
@@ -94,11 +97,35 @@ class Planner:
             update = getattr(paged, "update", None)
             plan._payload = paged.plan(plan._step) if update is None else update(plan._step, plan._payload)
 
+    def _asked(self, phase: str, step: Step) -> tuple[str, str]:
+        """The same for a phase that was asked for."""
+        has = self._implementations
+        if phase not in has:
+            raise InputError(f"phase={phase!r}: this handle has {', '.join(has)}.{did_you_mean(str(phase), has)}")
+        why = self._why_not(phase, step)
+        if why:
+            raise InputError(f"phase={phase!r} does not serve this step: {why}")
+        return phase, "after" if phase == "prefill" else "before"
+
+    def _why_not(self, phase: str, step: Step) -> str:
+        """Why a phase's kernel does not serve a step; nothing where it does, as extend always does."""
+        longest = step.max_q_len
+        if phase == "decode" and not (longest <= self._max_q_len and all(n == longest for n in step.q_lens)):
+            return f"decode serves equal q_lens up to {self._max_q_len} (max_q_len)"
+        if phase == "prefill" and step.q_lens != step.kv_lens_host:
+            row, (q_len, kv_len) = next(
+                (i, pair)
+                for i, pair in enumerate(zip(step.q_lens, step.kv_lens_host, strict=True))
+                if pair[0] != pair[1]
+            )
+            return f"prefill attends to fresh keys alone, while row {row} has {kv_len - q_len} in the cache"
+        return ""
+
     def _route(self, step: Step) -> tuple[str, str]:
         """The phase that serves a step, and when its k and v are written."""
         has = self._implementations
         longest = step.max_q_len
-        if "decode" in has and longest <= self._max_q_len and all(n == longest for n in step.q_lens):
+        if "decode" in has and not self._why_not("decode", step):
             return "decode", "before"
         if step.q_lens == step.kv_lens_host and "prefill" in has and ("extend" not in has or self._postwrite_pays()):
             return "prefill", "after"

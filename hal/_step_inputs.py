@@ -64,7 +64,7 @@ def _whole(value: Any) -> int | None:
 
 
 def page_table(block_table: Any, kv_lens: tuple[int, ...], page_size: int, device: torch.device) -> Tensor:
-    """The block table as an int32 tensor on the device.
+    """The block table as an int32 tensor on the device, contiguous: several libraries know its rows by their width alone.
 
     Raises:
         InputError: it is no table of page indices, or has too few pages for a row.
@@ -86,7 +86,7 @@ def page_table(block_table: Any, kv_lens: tuple[int, ...], page_size: int, devic
             f"of {page_size} tokens"
         )
     there: Tensor = table.to(device=device, dtype=torch.int32, non_blocking=True)
-    return there
+    return there.contiguous()
 
 
 def _rows(block_table: Any) -> list[Sequence[int]]:

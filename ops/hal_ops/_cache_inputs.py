@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hal_ops._call_inputs import mismatch, shown
+from hal_ops._call_inputs import gaps, mismatch, shown
 from hal_ops._dtypes import is_fp8, torch_dtype
 from hal_ops.kv_layout import VECTORS, page_shapes
 
@@ -54,15 +54,19 @@ class CacheInputs:
                 continue
             if not self._fp8:
                 return f"{name} is given, and the cache is {self._dtype}: only FP8 caches are scaled"
-            fits = isinstance(scale, Tensor) and scale.numel() == self._scales and scale.is_contiguous()
+            fits = isinstance(scale, Tensor) and scale.numel() == self._scales
             if not fits or mismatch(name, scale, scale.shape, torch.float32, self.device):  # type: ignore[attr-defined]
                 return f"{name} is {shown(scale)}, and should be float32 with {self._scales} values on {self.device}"
+            assert isinstance(scale, Tensor)
+            wrong = gaps(name, scale)
+            if wrong:
+                return wrong
         return ""
 
     def numbers(self, name: str, x: object, count: int, *dtypes: torch.dtype) -> str:
         """``count`` whole numbers in a contiguous tensor of one dim."""
         if isinstance(x, Tensor) and x.shape == (count,) and x.dtype in dtypes and x.device == self.device:
-            return "" if x.is_contiguous() else f"{name} has stride {x.stride(0)}: give a contiguous one"
+            return gaps(name, x)
         formats = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         return f"{name} is {shown(x)}, and should be {formats} ({count},) on {self.device}"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["mismatch", "rows_apart", "shown"]
+__all__ = ["gaps", "mismatch", "rows_apart", "shown"]
 
 
 def mismatch(name: str, x: object, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> str:
@@ -13,6 +13,11 @@ def mismatch(name: str, x: object, shape: tuple[int, ...], dtype: torch.dtype, d
     if isinstance(x, Tensor) and x.shape == shape and x.dtype == dtype and x.device == device:
         return ""
     return f"{name} is {shown(x)}, and should be {str(dtype).removeprefix('torch.')} {tuple(shape)} on {device}"
+
+
+def gaps(name: str, x: Tensor) -> str:
+    """That numbers do not lie behind each other."""
+    return "" if x.is_contiguous() else f"{name} has strides {x.stride()}: give a contiguous one"
 
 
 def rows_apart(**tensors: Tensor) -> str:

@@ -74,6 +74,11 @@ def test_a_wrong_device_is_seen_on_the_fast_path_too() -> None:
         ({"cu_seqlens_q": cu(0, 2, 1, 3), "cu_seqlens_k": cu(0, 1, 2, 3)}, "never fall"),
         ({"cu_seqlens_q": cu(0, 4), "cu_seqlens_k": cu(0, 3)}, "cu_seqlens_q ends at 4, and there are 3 tokens"),
         ({"cu_seqlens_q": cu(0, 3), "cu_seqlens_k": cu(0, 3), "max_seqlen_k": 2}, "max_seqlen_k=2, and .* of 3"),
+        (
+            {"cu_seqlens_q": cu(0, 9, 3)[::2], "cu_seqlens_k": cu(0, 3)},
+            r"cu_seqlens_q has strides \(2,\): give a contig",
+        ),
+        ({"cu_seqlens_q": cu(0, 3), "cu_seqlens_k": cu(0, 9, 3)[::2]}, r"cu_seqlens_k has strides \(2,\)"),
         ({"cu_seqlens_q": cu(0, 3).to("meta"), "cu_seqlens_k": cu(0, 3)}, "cu_seqlens_q is on meta"),
     ],
 )
@@ -90,6 +95,8 @@ def test_ragged(keywords: dict[str, Any], text: str) -> None:  # requirement D9
         ({"alibi": True}, {}, "alibi_slopes is missing"),
         ({"sinks": True}, {"sinks": torch.zeros(2)}, r"sinks is \(2,\): give one number a query head, \[4\]"),
         ({"sinks": True}, {"sinks": torch.zeros(4, dtype=torch.bfloat16)}, "sinks is torch.bfloat16: give float32"),
+        ({"sinks": True}, {"sinks": torch.zeros(8)[::2]}, r"sinks has strides \(2,\): give a contiguous one"),
+        ({"alibi": True}, {"alibi_slopes": torch.zeros(1).expand(4)}, r"alibi_slopes has strides \(0,\)"),
         ({}, {"return_lse": True}, "was not in the request"),
     ],
 )
@@ -147,6 +154,20 @@ def test_caches(build: Any, text: str) -> None:  # requirement D8, P32
     with pytest.raises(InputError, match=text):
         handle(q(1), k(1), k(1), cache=cache, plan=plan)
     assert not cache.k.any()
+
+
+def test_tokens_of_a_page_that_lie_too_far_apart() -> None:  # requirement D8
+    """Kernels add them up in 32 bits."""
+    text = "lie 1073741824 elements apart: the 4 of a page must lie within 2\\*\\*31 elements"
+    handle = hal.get_attention(**SMALL, kv_layout="NHD")
+    far = torch.empty_strided((3, 4, 2, 8), (16, 1 << 30, 8, 1), device="meta")
+    plan = handle.plan(q_lens=[1], kv_lens=[1], block_table=[[0]])
+    with pytest.raises(InputError, match=f"v's tokens {text}"):
+        handle(q(1), cache=hal.KVCache(torch.empty(3, 4, 2, 8, device="meta"), far, layout="NHD"), plan=plan)
+    latent = hal.get_mla_attention(num_q_heads=2, kv_lora_rank=16, qk_rope_head_dim=8, dtype="float32", page_size=4)
+    cache = hal.MlaCache(torch.empty_strided((3, 4, 24), (24, 1 << 30, 1), device="meta"))
+    with pytest.raises(InputError, match=f"data's tokens {text}"):
+        latent(torch.zeros(1, 2, 24), cache=cache, plan=latent.plan(q_lens=[1], kv_lens=[1], block_table=[[0]]))
 
 
 def test_interleaved_k_and_v_views_are_fine() -> None:  # requirement D8
@@ -261,3 +282,13 @@ def test_maxima_without_lengths_are_refused() -> None:
     for maxima in ({"max_seqlen_q": 3}, {"max_seqlen_k": 3}):
         with pytest.raises(InputError, match="are for ragged calls"):
             handle(*q_k_v(), **maxima)
+
+
+def test_scales_of_fp8_values_that_lie_apart() -> None:
+    handle = hal.get_attention(
+        **{**SMALL, "dtype": "bfloat16"}, qkv_dtype="float8_e4m3fn", qkv_scale="head", phases="prefill"
+    )
+    given = [x.to(torch.float8_e4m3fn) for x in q_k_v()]
+    handle(*given, k_scale=torch.ones(2), v_scale=torch.ones(()))
+    with pytest.raises(InputError, match=r"k_scale has strides \(2,\): give a contiguous one"):
+        handle(*given, k_scale=torch.ones(4)[::2])

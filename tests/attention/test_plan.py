@@ -240,6 +240,103 @@ def test_updated_plans_give_right_answers_with_padding() -> None:  # requirement
         torch.testing.assert_close(out, expected)
 
 
+MIXED: dict[str, list[tuple[list[int], list[int]]]] = {
+    "extend": [
+        ([3, 1, 2], [7, 4, 2]),
+        ([1, 1, 1], [9, 2, 12]),
+        ([5, 2, 1], [5, 2, 1]),
+        ([1, 1], [1, 1]),
+        ([0, 4], [0, 9]),
+    ],
+    "prefill": [([3, 1, 2], [3, 1, 2]), ([1, 1, 1], [1, 1, 1]), ([5], [5]), ([0, 4], [0, 4])],
+}
+
+
+@pytest.mark.parametrize("asked", [False, True], ids=["by its first step", "asked for"])
+@pytest.mark.parametrize("kernel", ["torch_cpu", "reference"])
+@pytest.mark.parametrize("phase", MIXED)
+def test_a_plan_keeps_its_phase_for_all_that_its_kernel_can_serve(phase: str, kernel: str, asked: bool) -> None:
+    # requirement P37
+    """Rows of one token and prompts without a prefix among them, as batches that a captured graph is replayed with."""
+    handle, other = hal.get_attention(**SMALL, kernel=kernel), hal.get_attention(**SMALL, kernel="reference")
+    q_lens, kv_lens = ([1] * 3, [1] * 3) if asked else MIXED[phase][0]
+    made = {"phase": phase} if asked or kernel == "reference" else {}
+    table = torch.arange(9, dtype=torch.int32).reshape(3, 3)
+    plan = handle.plan(q_lens=q_lens, kv_lens=kv_lens, block_table=table, max_batch=3, max_tokens=8, **made)
+    draw = torch.Generator().manual_seed(0)
+    cache, right = handle.allocate_kv_cache(9), other.allocate_kv_cache(9)
+    for held, like in ((cache.k, right.k), (cache.v, right.v)):
+        like.copy_(held.copy_(torch.randn(held.shape, generator=draw)))
+    for q_lens, kv_lens in MIXED[phase]:
+        step = {"q_lens": q_lens, "kv_lens": kv_lens, "block_table": table[: len(q_lens)]}
+        q, k, v = (torch.randn(sum(q_lens), heads, 8, generator=draw) for heads in (4, 2, 2))
+        assert plan.update(**step).phase == phase
+        assert plan.write == ("after" if phase == "prefill" else "before")
+        wanted = other(q, k, v, cache=right, plan=other.plan(**step))
+        torch.testing.assert_close(handle(q, k, v, cache=cache, plan=plan), wanted)
+        torch.testing.assert_close(handle(q, cache=cache, plan=plan), wanted)
+        assert torch.equal(cache.k, right.k)
+        assert torch.equal(cache.v, right.v)
+
+
+def test_a_plan_refuses_what_its_phase_cannot_serve() -> None:  # requirement P37
+    handle = hal.get_attention(**SMALL)
+    fresh: dict[str, Any] = {"q_lens": [3, 2], "kv_lens": [3, 2], "block_table": [[0], [1]]}
+    plan = handle.plan(**fresh, max_batch=2, max_tokens=8)
+    with pytest.raises(InputError, match="prefill attends to fresh keys alone, while row 1 has 1 in the cache"):
+        plan.update(**{**fresh, "kv_lens": [3, 3]})
+    assert plan._step.kv_lens.tolist() == [3, 2]
+    for wrong, text in (
+        ({"phase": "extnd"}, "phase='extnd': this handle has .*Did you mean 'extend'"),
+        ({"phase": "decode"}, r"phase='decode' does not serve this step: .* up to 1 \(max_q_len\)"),
+        ({"phase": "prefill", "kv_lens": [4, 2]}, "does not serve this step: .* row 0 has 1 in the cache"),
+    ):
+        with pytest.raises(InputError, match=text):
+            handle.plan(**{**fresh, **wrong})
+    latent = hal.get_mla_attention(num_q_heads=2, kv_lora_rank=16, qk_rope_head_dim=8, dtype="float32", device="cpu")
+    assert latent.plan(q_lens=[1], kv_lens=[1], block_table=[[0]], phase="extend").phase == "extend"
+    with pytest.raises(InputError, match="phase='prefill': this handle has extend, decode"):
+        latent.plan(q_lens=[1], kv_lens=[1], block_table=[[0]], phase="prefill")
+
+
+@pytest.mark.parametrize("kernel", ["torch_cpu", "reference"])
+@pytest.mark.parametrize("phase", [*MIXED, "decode"])
+def test_tokens_of_no_row_give_nothing(phase: str, kernel: str) -> None:  # requirement E12
+    """q, k and v may keep the plan's largest size; what is in their tails is read by nobody."""
+    handle = hal.get_attention(**SMALL, kernel=kernel, return_lse=True)
+    q_lens, kv_lens = MIXED.get(phase, [([1, 1], [9, 2])])[0]
+    step = {"q_lens": q_lens, "kv_lens": kv_lens, "block_table": torch.arange(9).reshape(3, 3)[: len(q_lens)]}
+    plan, once = handle.plan(**step, max_batch=3, max_tokens=8, phase=phase), handle.plan(**step, phase=phase)
+    n = plan.num_tokens
+    q, k, v = (torch.randn(8, heads, 8) for heads in (4, 2, 2))
+    for x in (q, k, v):
+        x[n:] = torch.nan
+    cache, other = handle.allocate_kv_cache(9), handle.allocate_kv_cache(9)
+    out, lse = handle(q, k, v, cache=cache, plan=plan, return_lse=True)
+    right, right_lse = handle(q[:n], k[:n], v[:n], cache=other, plan=once, return_lse=True)
+    assert (out.shape, lse.shape) == ((8, 4, 8), (8, 4))
+    assert torch.equal(out[:n], right)
+    assert torch.equal(lse[:n], right_lse)
+    assert bool((out[n:] == 0).all())
+    assert bool((lse[n:] == -torch.inf).all())
+    assert torch.equal(cache.k, other.k)
+    assert torch.equal(handle(q, cache=cache, plan=plan), out)
+
+
+def test_latents_of_no_row_give_nothing() -> None:  # requirement E12
+    dims = {"num_q_heads": 2, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "dtype": "float32", "page_size": 4}
+    for kernel in ("torch_cpu", "reference"):
+        handle = hal.get_mla_attention(**dims, device="cpu", kernel=kernel)
+        cache = handle.allocate_kv_cache(9)
+        for q_lens in ([1, 1], [3, 1]):
+            step = {"q_lens": q_lens, "kv_lens": [5, 2], "block_table": [[0, 1], [2]]}
+            q, latent, n = torch.randn(8, 2, 24), torch.randn(8, 24), sum(q_lens)
+            out = handle(q, latent, cache=cache, plan=handle.plan(**step, max_batch=3, max_tokens=8))
+            torch.testing.assert_close(out[:n], handle(q[:n], cache=cache, plan=handle.plan(**step)))
+            assert out.shape == (8, 2, 16)
+            assert bool((out[n:] == 0).all())
+
+
 def test_a_plan_for_one_step_cannot_be_updated() -> None:
     handle = hal.get_attention(**SMALL)
     plan = handle.plan(q_lens=[1], kv_lens=[1], block_table=[[0]])
@@ -248,7 +345,9 @@ def test_a_plan_for_one_step_cannot_be_updated() -> None:
     with pytest.raises(InputError, match="go with max_batch"):
         handle.plan(q_lens=[1], kv_lens=[1], block_table=[[0]], max_tokens=4)
     kept = handle.plan(q_lens=[1], kv_lens=[1], block_table=[[0]], max_batch=1)
-    with pytest.raises(InputError, match="this step takes extend"):
+    with pytest.raises(
+        InputError, match=r"for the decode phase, and decode serves equal q_lens up to 1 \(max_q_len\): make another"
+    ):
         kept.update(q_lens=[2], kv_lens=[3], block_table=[[0]])
 
 

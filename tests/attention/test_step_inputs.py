@@ -77,3 +77,26 @@ def test_lengths_and_tables_of_any_kind(make: Any) -> None:  # requirement A3
         assert (step.q_lens, step.kv_lens_host) == (wanted.q_lens, wanted.kv_lens_host)
         assert {type(n) for n in (*step.q_lens, *step.kv_lens_host)} == {int}
         assert step.slot_mapping.tolist() == wanted.slot_mapping.tolist()
+
+
+STRIDED: dict[str, Any] = {
+    "columns first": lambda table: table.t().contiguous().t(),
+    "part of wider rows": lambda table: torch.cat([table, table + 1], 1)[:, : table.shape[1]],
+    "every other column": lambda table: torch.stack([table, table + 1], 2).flatten(1)[:, ::2],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("how", STRIDED)
+def test_tables_of_any_strides_become_contiguous(how: str, dtype: torch.dtype) -> None:  # requirement D9
+    """Kernels step from page to page by one, and several libraries from row to row by the width."""
+    table = torch.tensor([[5, 3, 1], [2, 4, 0]], dtype=dtype)
+    given = STRIDED[how](table)
+    assert torch.equal(given, table)
+    assert not given.is_contiguous()
+    for handle in (hal.get_attention(**SMALL), hal.get_mla_attention(**LATENT)):
+        for more in ({}, {"max_batch": 2}):
+            step = handle.plan(q_lens=[1, 1], kv_lens=[10, 12], block_table=given, **more)._step
+            assert step.block_table.is_contiguous()
+            assert step.block_table.tolist() == table.tolist()
+            assert step.slot_mapping.tolist() == [1 * 4 + 1, 0 * 4 + 3]

@@ -180,6 +180,46 @@ def test_a_captured_decode_serves_smaller_batches(device: hal.Device) -> None:
         assert (out[:rows].float().cpu() - right).abs().max() < 0.01
 
 
+@pytest.mark.parametrize("name", ["fa2.prefill", "fa3.prefill", "sdpa_flash.prefill", "sdpa_efficient.prefill"])
+def test_a_captured_prefill_serves_other_prompts(name: str, device: hal.Device) -> None:
+    # requirement E12, P37, B8
+    """Prompts that are attended to fresh and written afterwards: others, longer ones and fewer than were captured."""
+    skip_unless_here(name, device)
+    dims: dict[str, Any] = {"num_q_heads": 4, "num_kv_heads": 4, "head_dim": 64, "page_size": 16}
+    handle = hal.get_attention(
+        **dims, dtype="float16", graph=True, device=device,
+        kernel={"prefill": name, "extend": "triton", "decode": "triton"},
+    )  # fmt: skip
+    plain = hal.get_attention(**dims, dtype="float32", device="cpu", kernel="reference")
+    torch.manual_seed(0)
+    cache, host = handle.allocate_kv_cache(24), plain.allocate_kv_cache(24)
+    table, place = torch.randperm(24).int().view(4, 6), handle.device.torch_device()
+    q, k, v = (torch.randn(90, 4, 64).half().to(place) for _ in "qkv")
+    sizes = {"max_batch": 4, "max_tokens": 90, "phase": "prefill"}
+    lens = [20, 33, 1, 36]
+    plan = handle.plan(q_lens=lens, kv_lens=lens, block_table=table, **sizes)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        handle(q, k, v, cache=cache, plan=plan)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = handle(q, k, v, cache=cache, plan=plan)
+    for lens in ([20, 33, 1, 36], [7, 40], [1, 1, 1, 1], [88], [0, 5, 17]):
+        n, step = sum(lens), {"q_lens": lens, "kv_lens": lens, "block_table": table[: len(lens)]}
+        plan.update(**step)
+        for x in (q, k, v):
+            x.copy_(torch.randn(x.shape))
+        out.fill_(torch.nan)
+        graph.replay()
+        torch.cuda.synchronize()
+        right = plain(*(x[:n].float().cpu() for x in (q, k, v)), cache=host, plan=plain.plan(**step))
+        assert (out[:n].float().cpu() - right).abs().max() < 0.01, lens
+        assert not out[n:].any(), lens
+        assert torch.equal(cache.k.float().cpu(), host.k)
+        assert torch.equal(cache.v.float().cpu(), host.v)
+
+
 def test_the_plan_of_flash_attention_3_changes_nothing(device: hal.Device) -> None:  # requirement A6
     skip_unless_here("fa3.decode", device)
     import flash_attn_interface

@@ -37,6 +37,7 @@ WRONG_WRITES = {
     "too few slots": (writing(slot_mapping=torch.arange(2)), r"slot_mapping is int64 \(2,\).*should be int64 \(3,\)"),
     "int32 slots": (writing(slot_mapping=torch.arange(3).int()), "slot_mapping is int32"),
     "a slot past the end": (writing(slot_mapping=torch.tensor([1, 99, 2])), r"slot_mapping\[1\] is 99.*12 slots"),
+    "slots apart": (writing(slot_mapping=torch.arange(6)[::2]), r"slot_mapping has strides \(2,\): give a contiguous"),
     "no tensor": (writing(k=None), "k is missing"),
     "a scale": (writing(k_scale=torch.ones(1)), "only FP8 caches are scaled"),
     "a gradient": (writing(k=torch.ones(3, 2, 16, requires_grad=True)), "requires a gradient"),
@@ -50,6 +51,13 @@ def test_a_wrong_write_writes_nothing(what: str) -> None:  # requirement D8, P32
     with pytest.raises(InputError, match=f"kv_cache_write: .*{text}"):
         write(**given)
     assert all(not given[name].any() for name in ("k_cache", "v_cache"))
+
+
+def test_scales_that_lie_apart() -> None:  # requirement D8
+    write = hal.get_op("kv_cache_write", **{**CACHE, "kv_dtype": "float8_e4m3fn"}, dtype="float32", kv_scale="head")
+    caches = {name: torch.zeros(3, 4, 2, 16).to(torch.float8_e4m3fn) for name in ("k_cache", "v_cache")}
+    with pytest.raises(InputError, match=r"v_scale has strides \(2,\): give a contiguous one"):
+        write(**writing(**caches, v_scale=torch.ones(4)[::2]))
 
 
 def test_a_cache_in_vectors_is_known_by_its_shape() -> None:  # requirement D8
@@ -121,7 +129,7 @@ ROTARY: dict[str, Any] = {
         ({"q": torch.ones(3, 2, 16)}, r"q is float32 \(3, 2, 16\).*should be float32 \(3, 4, 16\)"),
         ({"sin": torch.zeros(8, 16)}, r"sin is float32 \(8, 16\).*should be float32 \(8, 8\)"),
         ({"positions": torch.arange(2)}, r"positions is int64 \(2,\)"),
-        ({"positions": torch.arange(6)[::2]}, "positions has stride 2"),
+        ({"positions": torch.arange(6)[::2]}, r"positions has strides \(2,\)"),
         ({"out": torch.ones(3, 4, 16).half()}, "out is float16"),
         *(WRONG_WRITES[name] for name in ("another layout", "too few slots", "a slot past the end", "a gradient")),
     ],

@@ -246,6 +246,25 @@ def test_tiles_suit_the_rows_there_are_and_not_those_there_may_be(device: str) -
     assert impl.plan(bound).block_m == impl.plan(step).block_m
 
 
+def test_an_update_says_anew_whether_there_are_tokens_of_no_row(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # requirement E12
+    request = request_of(return_lse=True)
+    k, v = a_cache(request, 60, device)
+    make = held_steps(device)
+    impl: Any = extend(request, device)
+    q = torch.randn(100, 4, 64, device=device).half()
+    payload = impl.plan(make([90, 10, 0], [90, 320, 0]))
+    step = make(*STEPS[0])
+    impl.update(step, payload)
+    real = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *size, **how: real(self, *size, **how).fill_(7))
+    out, lse = impl(q, k, v, step, payload, return_lse=True)
+    monkeypatch.undo()
+    tokens = sum(STEPS[0][0])
+    assert bool((out[tokens:] == 0).all())
+    assert bool((lse[tokens:] == -torch.inf).all())
+
+
 def test_nothing_to_do(device: str) -> None:
     request = request_of(return_lse=True)
     k, v = a_cache(request, 1, device)

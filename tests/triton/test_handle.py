@@ -49,15 +49,14 @@ def poisoned(handle: Attention) -> hal.KVCache:
 
 @pytest.mark.parametrize("fields", [{}, {"kv_layout": "HND", "window": 5}], ids=["NHD", "HND, window"])
 def test_prewrite_and_postwrite_agree_in_output_and_cache(
-    fields: dict[str, Any], device: str, monkeypatch: pytest.MonkeyPatch
+    fields: dict[str, Any], device: str
 ) -> None:  # requirement B8
     handle = handle_of(device, **fields)
     found = []
-    for route in (("prefill", "after"), ("extend", "before")):
-        monkeypatch.setattr(Attention, "_route", lambda self, step, route=route: route)
+    for phase, when in (("prefill", "after"), ("extend", "before")):
         cache, (q, k, v) = poisoned(handle), tensors(handle, 31)
-        plan = handle.plan(q_lens=[9, 1, 21], kv_lens=[9, 1, 21], block_table=TABLE[:3])
-        assert (plan.phase, plan.write) == route
+        plan = handle.plan(q_lens=[9, 1, 21], kv_lens=[9, 1, 21], block_table=TABLE[:3], phase=phase)
+        assert (plan.phase, plan.write) == (phase, when)
         found.append((handle(q, k, v, cache=cache, plan=plan), cache))
     (after, one), (before, other) = found
     torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)
@@ -91,6 +90,22 @@ def test_plans_of_host_lengths_wait_for_nothing(phase: str, device: str, monkeyp
     plan.update(q_lens=q_lens[:2], kv_lens=kv_lens[:2], block_table=TABLE[:2])
 
 
+@pytest.mark.parametrize("phase", ["decode", "extend"])
+def test_a_table_of_any_strides_names_the_same_pages(phase: str, device: str) -> None:
+    handle = handle_of(device)
+    q_lens, kv_lens = PHASES[phase]
+    cache, (q, _, _) = handle.allocate_kv_cache(24), tensors(handle, sum(q_lens))
+    for held in (cache.k, cache.v):
+        held.copy_(torch.randn(held.shape, generator=torch.Generator().manual_seed(1)))
+    rows = TABLE[:3].to(device)
+    columns_first = rows.t().contiguous().t()
+    out = [
+        handle(q, cache=cache, plan=handle.plan(q_lens=q_lens, kv_lens=kv_lens, block_table=table))
+        for table in (rows, columns_first)
+    ]
+    assert torch.equal(*out)
+
+
 def addresses(value: Any, seen: set[int] | None = None) -> list[int]:
     """Of all tensors that a plan holds, its kernel's payload included."""
     seen = set() if seen is None else seen
@@ -107,16 +122,40 @@ def addresses(value: Any, seen: set[int] | None = None) -> list[int]:
 
 STEPS: dict[str, list[tuple[list[int], list[int]]]] = {
     "decode": [([1] * 4, [40, 3, 17, 48]), ([1, 1], [9, 41]), ([1, 1, 1], [1, 8, 33]), ([1] * 4, [48, 48, 1, 2])],
-    "extend": [([9, 3, 1, 5], [40, 3, 17, 48]), ([2, 7], [9, 41]), ([1, 8, 3], [1, 8, 33]), ([16], [48])],
+    "extend": [
+        ([9, 3, 1, 5], [40, 3, 17, 48]),
+        ([2, 7], [9, 41]),
+        ([1, 8, 3], [1, 8, 33]),
+        ([16], [48]),
+        ([1] * 4, [40, 3, 17, 48]),
+        ([9, 2, 7], [9, 2, 7]),
+        ([1, 1], [1, 1]),
+    ],
+    "prefill": [([5, 3, 1, 9], [5, 3, 1, 9]), ([2, 7], [2, 7]), ([1] * 4, [1] * 4), ([18], [18]), ([0, 4], [0, 4])],
 }
 
 
-@pytest.mark.parametrize("phase", STEPS)
-def test_a_plan_of_maximum_size_serves_smaller_steps_in_place(phase: str, device: str) -> None:
-    # requirement P37, E12
-    handle = handle_of(device, graph=True)
+new_empty = Tensor.new_empty
+
+
+def new_garbage(self: Tensor, *size: Any, **how: Any) -> Tensor:
+    """``new_empty`` of memory that holds NaN."""
+    made = new_empty(self, *size, **how)
+    return made.fill_(torch.nan) if made.is_floating_point() else made
+
+
+def largest(handle: Attention, phase: str) -> hal.Plan:
     q_lens, kv_lens = STEPS[phase][0]
-    plan = handle.plan(q_lens=q_lens, kv_lens=kv_lens, block_table=TABLE, max_batch=4, max_tokens=18, max_pages=6)
+    sizes = {"max_batch": 4, "max_tokens": 18, "max_pages": 6}
+    return handle.plan(q_lens=q_lens, kv_lens=kv_lens, block_table=TABLE, **sizes, phase=phase)
+
+
+@pytest.mark.parametrize("phase", STEPS)
+def test_a_plan_of_maximum_size_serves_smaller_steps_in_place(
+    phase: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:  # requirement P37, E12
+    handle = handle_of(device, graph=True)
+    plan = largest(handle, phase)
     before, cache, other = addresses(plan), handle.allocate_kv_cache(24), handle.allocate_kv_cache(24)
     assert len(before) > 6, "nothing of the kernel's own"
     for k, held in ((7, cache), (7, other)):
@@ -128,7 +167,11 @@ def test_a_plan_of_maximum_size_serves_smaller_steps_in_place(phase: str, device
         assert plan.phase == phase
         assert addresses(plan) == before
         tokens, (q, k, v) = sum(q_lens), tensors(handle, 18, seed)
-        found = handle(q, k, v, cache=cache, plan=plan)[:tokens]
+        with monkeypatch.context() as poison:
+            poison.setattr(Tensor, "new_empty", new_garbage)
+            whole = handle(q, k, v, cache=cache, plan=plan)
+        found = whole[:tokens]
+        assert int(whole[tokens:].ne(0).sum()) == 0, "tokens that belong to no row are not zeros"
         once = plain.plan(q_lens=q_lens, kv_lens=kv_lens, block_table=TABLE[: len(q_lens)])
         right = plain(q[:tokens], k[:tokens], v[:tokens], cache=other, plan=once)
         torch.testing.assert_close(found, right, atol=1e-5, rtol=1e-5)
@@ -141,8 +184,7 @@ def test_a_plan_of_maximum_size_serves_smaller_steps_in_place(phase: str, device
 def test_a_captured_step_follows_its_plan(phase: str, device: str) -> None:  # requirement E12, P37, X13
     """Captured once with the largest step, in a frozen workspace; replayed with other lengths and smaller batches."""
     handle, plain = handle_of(device, graph=True), handle_of(device)
-    q_lens, kv_lens = STEPS[phase][0]
-    plan = handle.plan(q_lens=q_lens, kv_lens=kv_lens, block_table=TABLE, max_batch=4, max_tokens=18, max_pages=6)
+    plan = largest(handle, phase)
     cache, other = handle.allocate_kv_cache(24), handle.allocate_kv_cache(24)
     three = tensors(handle, 18)
     handle(*three, cache=cache, plan=plan)
@@ -159,11 +201,13 @@ def test_a_captured_step_follows_its_plan(phase: str, device: str) -> None:  # r
                 held.copy_(new)
             cache.k.copy_(other.k)
             cache.v.copy_(other.v)
+            out.fill_(torch.nan)
             graph.replay()
             once = plain.plan(q_lens=q_lens, kv_lens=kv_lens, block_table=TABLE[: len(q_lens)])
             tokens = sum(q_lens)
             right = plain(*(x[:tokens] for x in three), cache=other, plan=once)
             torch.testing.assert_close(out[:tokens], right, atol=1e-4, rtol=1e-4)
+            assert int(out[tokens:].ne(0).sum()) == 0
             assert torch.equal(cache.k, other.k)
             assert torch.equal(cache.v, other.v)
     finally:

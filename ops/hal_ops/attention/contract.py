@@ -31,12 +31,13 @@ tensors must hold for each step of the plan. Where it cannot, ``impl.refuses(ste
 none for the plan; it is asked before anything is changed, and ``""`` is no reason.
 
 q is ``[tokens, num_q_heads, head_dim]``; the caches are in ``request.kv_layout``; the last ``q_len`` tokens of a row's
-``kv_len`` are this step's, already written.
+``kv_len`` are this step's, already written. With ``graph=True`` q may hold more tokens than the step, behind its own: their
+results are nobody's, and must not be read from the cache or fail. No other request sees such a q.
 
 ``out`` has ``request.dtype`` and ``v_head_dim``; ``lse`` is float32 ``[batch, q_len, num_q_heads]`` or
 ``[tokens, num_q_heads]``, the natural log of the softmax denominator (the sink included). ``sinks`` and
 ``alibi_slopes`` are float32 ``[num_q_heads]``. ``k_scale`` and ``v_scale`` are None (1.0), or float32 tensors of one
-element or ``[num_kv_heads]``.
+element or ``[num_kv_heads]``. These four and cumulative lengths are contiguous.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ class Step:
         cu_seqlens_q, cu_seqlens_k: int32 ``[batch + 1]`` on the device, in tokens, from 0 to the sum.
         kv_lens: int32 ``[batch]`` on the device.
         block_table: int32 ``[batch, max_pages]`` on the device; entries past a row's last page may hold anything.
+            It is contiguous, as all tensors of a step are.
         slot_mapping: int64 ``[num_tokens]``: ``page * page_size + offset`` of each new token; negative is skipped.
         page_size: tokens a page.
     """

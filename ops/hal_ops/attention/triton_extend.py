@@ -156,14 +156,17 @@ class _Extend:
         if any(isinstance(config, Hopper) for config in self.configs) or block_m > largest:
             block_m = largest
         tokens = self._ways(block_m)[0].tokens
-        padded = self.request.graph or len(step.slot_mapping) > step.num_tokens
         tiles = self._list(step, tokens).to(step.cu_seqlens_q.device, non_blocking=True)
-        return Tiles(block_m, tokens, tiles, padded)
+        return Tiles(block_m, tokens, tiles, self._padded(step))
 
     def update(self, step: Step, payload: Tiles) -> Tiles:
         """The plan of another step in the same place, for graphs that hold its address."""
         payload.table.copy_(self._list(step, payload.tokens), non_blocking=True)
+        payload.padded = self._padded(step)
         return payload
+
+    def _padded(self, step: Step) -> bool:
+        return self.request.graph or len(step.slot_mapping) > step.num_tokens
 
     def _list(self, step: Step, tokens: int) -> Tensor:
         """Tiles in order of falling work, and as many empty ones as another step of this size could need."""

@@ -43,10 +43,13 @@ def _copy_columns(
     cache_head_stride, HEADS: tl.constexpr, DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, SCALES: tl.constexpr,
     MOST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Columns ``[block * BLOCK_C, ...)`` of the flattened heads of ``BLOCK_T`` tokens."""
-    t = tl.arange(0, BLOCK_T)
+    """Columns ``[block * BLOCK_C, ...)`` of the flattened heads of ``BLOCK_T`` tokens.
+
+    Heads may lie outermost, so what a head or a token is multiplied with may pass 32 bits.
+    """
+    t = tl.arange(0, BLOCK_T).to(tl.int64)
     c = block * BLOCK_C + tl.arange(0, BLOCK_C)
-    head = c // DIM
+    head = (c // DIM).to(tl.int64)
     d = c % DIM
     # Skipped tokens are loaded too: so the loads need not wait for the slots.
     mask = real[:, None] & (c < HEADS * DIM)[None, :]

@@ -41,7 +41,9 @@ def copy_kernel(
     if (at < 0) | (to < 0):
         return
     e = program % BLOCKS * BLOCK + tl.arange(0, BLOCK)
-    offsets = e // (INNER * DIM) * outer_stride + e // DIM % INNER * inner_stride + e % DIM
+    offsets = (
+        (e // (INNER * DIM)).to(tl.int64) * outer_stride + (e // DIM % INNER).to(tl.int64) * inner_stride + e % DIM
+    )
     mask = e < OUTER * INNER * DIM
     values = tl.load(cache + at * page_stride + offsets, mask=mask)
     tl.store(cache + to * page_stride + offsets, values, mask=mask)

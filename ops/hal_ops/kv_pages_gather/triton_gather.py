@@ -50,8 +50,9 @@ def gather_kernel(
     inside = token < length
     page = tl.load(table + row.to(tl.int64) * table_stride + token // PAGE_SIZE, mask=inside, other=0).to(tl.int64)
     mask = inside[:, None] & (c < HEADS * DIM)[None, :]
-    place = page * page_stride + token % PAGE_SIZE * slot_stride
-    values = tl.load(cache + place[:, None] + (c // DIM * head_stride + c % DIM)[None, :], mask=mask, other=0.0)
+    place = page * page_stride + (token % PAGE_SIZE).to(tl.int64) * slot_stride
+    columns = (c // DIM).to(tl.int64) * head_stride + c % DIM
+    values = tl.load(cache + place[:, None] + columns[None, :], mask=mask, other=0.0)
     if SCALES > 0:
         by = tl.load(scale + c // DIM * (SCALES - 1), mask=c < HEADS * DIM, other=0.0)
         values = values.to(tl.float32) * by[None, :]

@@ -48,8 +48,8 @@ def _turn(
 ):  # fmt: skip
     """Some heads of one token. ``x`` and ``out`` point at the token; ``cos`` and ``sin`` are ``[1, HALF]``."""
     head = first_head + tl.arange(0, HEADS)[:, None]
-    x += head * x_stride
-    out += head * out_stride
+    x += head.to(tl.int64) * x_stride
+    out += head.to(tl.int64) * out_stride
     if NEOX:
         column = tl.arange(0, HALF)[None, :]
         inside = (head < NUM_HEADS) & (column < ROTARY_DIM // 2)

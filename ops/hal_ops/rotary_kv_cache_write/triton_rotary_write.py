@@ -63,8 +63,8 @@ def rotary_write_kernel(
     """Grid: ``(token blocks * (Q_HEADS + 2 * KV_HEADS),)``: a program is a head of q, k or v of ``BLOCK_T`` tokens."""
     HEADS: tl.constexpr = Q_HEADS + 2 * KV_HEADS
     program = tl.program_id(0)
-    head = program % HEADS
-    t = tl.arange(0, BLOCK_T)
+    head = (program % HEADS).to(tl.int64)
+    t = tl.arange(0, BLOCK_T).to(tl.int64)
     first = program // HEADS * BLOCK_T
     real = first + t < tokens
     begin = first.to(tl.int64)

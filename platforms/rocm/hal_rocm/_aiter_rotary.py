@@ -29,7 +29,7 @@ def rotary_embedding(request: RotaryEmbeddingRequest, device: hal.Device) -> Cal
     def call(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, out: Pair | None = None) -> Pair:
         given = out or (None, None)
         targets = tuple(_target(x, to) for x, to in zip((q, k), given, strict=True))
-        places = positions.reshape(_lead(q)).long()
+        places = positions.reshape(_lead(q)).long().contiguous()
         tables = [table.contiguous().view(table.shape[0], 1, 1, -1) for table in (cos, sin)]
         if q.numel():
             views = [_four(x) for x in (*targets, q, k)]
