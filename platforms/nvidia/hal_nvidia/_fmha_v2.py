@@ -26,6 +26,9 @@ class _FmhaV2:
 
     What a row without keys gets is anybody's guess, and is set to 0 where there may be one: not in a dense call with
     enough keys, nor in a planned step, whose keys are its queries' own.
+
+    Its kernels for sm_12x write nothing to the work buffer (flashinfer 0.6.13 to 0.7.4, ``fmha_v2_run.cu``), which graphs
+    may therefore share with eager calls.
     """
 
     def __init__(self, request: AttentionRequest, device: hal.Device, *, all_see: bool = False) -> None:
@@ -72,7 +75,7 @@ class _FmhaV2:
         out: Tensor = self._function(
             (q.contiguous(), k.contiguous(), v.contiguous()),  # read by their shapes; declared in Kernel.copies
             "SEPARATE_Q_K_V",
-            pool.zeroed_scratch(self._place, pool.stream_of(self._place)),
+            pool.for_functions(self._place, pool.stream_of(self._place)),
             cu_k.diff(),
             max_q_len=max_q,
             max_kv_len=max_k,

@@ -1,0 +1,94 @@
+"""What flashinfer's functions work in: who shares it, who counts on zeros in it, and what graphs keep to themselves."""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from emulated import hardware, nvidia
+from emulated.flashinfer_memory import FRONT, statistics
+from emulated.library import Installed
+
+import hal
+from hal_nvidia import _flashinfer_pool as pool
+from hal_nvidia._flashinfer_memory import Memory
+from hal_ops.attention import AttentionRequest
+from hal_ops.attention.cases import AttentionCase, make_case
+
+CPU = torch.device("cpu")
+OLD, NEW = "0.6.13", "0.7.4"
+"""The last version that keeps trtllm-gen's counters in its work buffer, and one that does not."""
+SHARING = {
+    OLD: ("trtllm_gen.extend", "trtllm_gen.decode", "xqa.decode"),
+    NEW: ("flashinfer_cudnn.decode", "xqa.decode", "trtllm_gen.extend", "trtllm_gen.decode", "flashinfer_cudnn.extend"),
+}
+
+
+@pytest.fixture(autouse=True)
+def apart() -> Iterator[None]:
+    """A pool of its own."""
+    before = dict(hal.workspace(CPU)._buffers)
+    hal.workspace(CPU)._buffers.clear()
+    yield
+    hal.workspace(CPU)._buffers.clear()
+    hal.workspace(CPU)._buffers.update(before)
+    pool._zeroed.clear()
+
+
+@contextlib.contextmanager
+def running(version: str) -> Iterator[Installed]:
+    with nvidia.running_on("sm_100", "trtllm_gen", version) as held:
+        assert held is not None
+        yield held
+
+
+def made(name: str, **fields: Any) -> tuple[AttentionCase, Any]:
+    phase = name.partition(".")[2]
+    lse = {"return_lse": True} if name.startswith("trtllm_gen") else {}
+    given = {"num_q_heads": 6, "num_kv_heads": 2, "head_dim": 128, "page_size": 16, "kv_layout": "HND", **lse, **fields}
+    request = AttentionRequest(**given, phases=(phase,))
+    return make_case(request, phase), hardware.build(name, request, "sm_100")
+
+
+@pytest.mark.parametrize("version", SHARING)
+def test_functions_of_other_rules_do_not_share_a_buffer(version: str) -> None:  # requirement C3, C5
+    """On one stream, in turns: what one leaves in its buffer, none finds that counts on zeros."""
+    with running(version):
+        calls = [made(name) for name in SHARING[version]]
+        for _ in range(2):
+            for case, paged in calls:
+                assert all(comparison.ok for comparison in case.check(paged)), case.label
+        step = calls[0][0].args[3]
+        buffers = {paged.plan(step).buffer.data_ptr() for _, paged in calls}
+        assert len(buffers) == 2, "one with zeros and one without, whoever they are for"
+
+
+def step_of(batch: int, max_q_len: int) -> Any:
+    return types.SimpleNamespace(batch=batch, max_q_len=max_q_len)
+
+
+@pytest.mark.parametrize("version", [OLD, NEW])
+def test_memory_suits_the_largest_statistics(version: str) -> None:
+    with running(version):
+        for name in ("trtllm_gen.extend", "trtllm_gen.decode"):
+            _, paged = made(name)
+            for batch, longest in ((1, 1), (300, 4096), (70000, 1)):
+                memory: Memory = paged.plan(step_of(batch, longest))
+                front = FRONT if version == OLD and name == "trtllm_gen.decode" else 0
+                assert memory.buffer.numel() > front + statistics(6, batch, longest, True)
+
+
+def test_a_buffer_that_grows_is_zero_at_the_front_again() -> None:
+    first = pool.zeroed(CPU, 7)
+    first.fill_(1)
+    assert pool.zeroed(CPU, 7) is first, "its functions leave zeros themselves"
+    second = pool.zeroed(CPU, 7, 1 << 20)
+    assert second.numel() > first.numel()
+    assert not second[: pool.ZEROED].any()
+    hal.workspace(CPU)._buffers.clear()
+    third = pool.zeroed(CPU, 7)
+    assert not third[: pool.ZEROED].any()
