@@ -34,6 +34,7 @@ class Paged:
         self._dtype = torch_dtype(request.dtype)
         self._quantize: Any = None
         self.plan = self._memory.plan
+        self.update = self._memory.update
 
     def __call__(
         self,

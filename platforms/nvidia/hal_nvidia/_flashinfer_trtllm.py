@@ -20,7 +20,7 @@ __all__ = ["trtllm_gen_decode", "trtllm_gen_extend", "xqa_decode"]
 def trtllm_gen_extend(request: AttentionRequest, device: hal.Device) -> Paged:
     """``trtllm_batch_context_with_kv_cache``."""
     function = _flashinfer("prefill").trtllm_batch_context_with_kv_cache
-    return _TrtllmExtend(request, device, function)
+    return _TrtllmExtend(request, device, function, splits=False)
 
 
 def trtllm_gen_decode(request: AttentionRequest, device: hal.Device) -> Paged:

@@ -26,6 +26,7 @@ SHARING = {
     OLD: ("trtllm_gen.extend", "trtllm_gen.decode", "xqa.decode"),
     NEW: ("flashinfer_cudnn.decode", "xqa.decode", "trtllm_gen.extend", "trtllm_gen.decode", "flashinfer_cudnn.extend"),
 }
+GRAPHS = ("trtllm_gen.extend", "trtllm_gen.decode", "xqa.decode")
 
 
 @pytest.fixture(autouse=True)
@@ -67,15 +68,32 @@ def test_functions_of_other_rules_do_not_share_a_buffer(version: str) -> None:  
         assert len(buffers) == 2, "one with zeros and one without, whoever they are for"
 
 
+@pytest.mark.parametrize("version", [OLD, NEW])
+@pytest.mark.parametrize("name", GRAPHS)
+def test_a_plan_for_graphs_has_memory_of_its_own(name: str, version: str) -> None:  # requirement C3, E12, P37
+    """A replay may run beside an eager call, or beside another graph's."""
+    with running(version):
+        _, eager = made(name)
+        case, paged = made(name, graph=True)
+        step = case.args[3]
+        plans = [eager.plan(step), paged.plan(step), paged.plan(step)]
+        assert len({plan.buffer.data_ptr() for plan in plans}) == 3
+        assert plans[1].buffer.numel() < plans[0].buffer.numel(), "as large as it needs, once a plan"
+        assert paged.update(step, plans[1]) is plans[1], "graphs hold its addresses"
+        assert all(comparison.ok for comparison in case.check(paged))
+        assert [owner for owner in hal.workspace(CPU)._buffers if "flashinfer" in owner]
+
+
 def step_of(batch: int, max_q_len: int) -> Any:
     return types.SimpleNamespace(batch=batch, max_q_len=max_q_len)
 
 
 @pytest.mark.parametrize("version", [OLD, NEW])
-def test_memory_suits_the_largest_statistics(version: str) -> None:
+@pytest.mark.parametrize("graph", [False, True])
+def test_memory_suits_the_largest_statistics(version: str, graph: bool) -> None:
     with running(version):
         for name in ("trtllm_gen.extend", "trtllm_gen.decode"):
-            _, paged = made(name)
+            _, paged = made(name, graph=graph)
             for batch, longest in ((1, 1), (300, 4096), (70000, 1)):
                 memory: Memory = paged.plan(step_of(batch, longest))
                 front = FRONT if version == OLD and name == "trtllm_gen.decode" else 0
