@@ -4,6 +4,9 @@ Some count on zeros at the front of their buffer and leave zeros there: xqa, for
 before 0.6.15, for its counters. The others leave anything there: cuDNN, trtllm-gen's extend, whose statistics begin at
 the front, and its decode since 0.6.15, whose counters are a buffer of their own. So each kind has a buffer of its own,
 one a stream. A plan that graphs may hold has all of its own, since a replay may run beside any other call.
+
+A function that takes a counter buffer makes one and zeroes it in every call that brings none (flashinfer#3949). The
+kernels leave it zero; calls that overlap may not share it.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ __all__ = ["Memory", "Workplace"]
 
 _MIB = 1 << 20
 _COUNTERS = "multi_ctas_kv_counter_buffer"
+_FEWEST_COUNTERS = _MIB
 _STATISTICS = 256
 """Queries that the statistics of a row are rounded up to, where the LSE is asked for (``softmax_slots``)."""
 _SPLIT_ROWS = 4 * 128
@@ -33,9 +37,14 @@ _SPLIT_ROWS = 4 * 128
 
 @dataclasses.dataclass(slots=True)
 class Memory:
-    """What a plan's calls work in, uint8."""
+    """What a plan's calls work in, uint8. ``counters``: zeros, for functions that take them beside the buffer."""
 
     buffer: Tensor
+    counters: Tensor | None = None
+
+    def keywords(self) -> dict[str, Tensor]:
+        """The counters as an argument, for functions that take them."""
+        return {} if self.counters is None else {_COUNTERS: self.counters}
 
 
 class Workplace:
@@ -61,7 +70,8 @@ class Workplace:
         self._lse = request.return_lse
         self._graph = request.graph
         self._width = request.v_head_dim
-        self._zeroed = zeroed and _COUNTERS not in inspect.signature(function).parameters
+        self._counted = _COUNTERS in inspect.signature(function).parameters
+        self._zeroed = zeroed and not self._counted
         self._splits = splits
 
     def plan(self, step: Step) -> Memory:
@@ -70,11 +80,17 @@ class Workplace:
         Raises:
             WorkspaceError: the pool is frozen, and too small.
         """
+        count = 4 * -(-max(step.batch * self._heads, self._processors) // 8) * 8
         statistics = self._statistics(step)
         if self._graph:
-            return Memory(self._own(statistics))
+            counters = torch.zeros(count, dtype=torch.uint8, device=self._place) if self._counted else None
+            return Memory(self._own(statistics), counters)
+        stream = pool.stream_of(self._place)
         take = pool.zeroed if self._zeroed else pool.for_functions
-        return Memory(take(self._place, pool.stream_of(self._place), statistics))
+        counters = None
+        if self._counted:
+            counters = pool.counters(self._place, stream, max(count, _FEWEST_COUNTERS))
+        return Memory(take(self._place, stream, statistics), counters)
 
     def update(self, step: Step, payload: Memory) -> Memory:
         """The memory of the same plan for another step: graphs hold its addresses."""

@@ -28,6 +28,7 @@ __all__ = [
     "ZEROED",
     "Held",
     "Lease",
+    "counters",
     "for_functions",
     "identity",
     "lease",
@@ -140,6 +141,15 @@ def zeroed(device: torch.device, stream: int, more: int = 0) -> Tensor:
         WorkspaceError: as :func:`scratch`.
     """
     return _with_zeros(device, f"flashinfer functions with semaphores, stream {stream:#x}", _FUNCTIONS + more, ZEROED)
+
+
+def counters(device: torch.device, stream: int, num_bytes: int) -> Tensor:
+    """A buffer of zeros, one a stream, of functions that leave zeros in it.
+
+    Raises:
+        WorkspaceError: as :func:`scratch`.
+    """
+    return _with_zeros(device, f"flashinfer counters, stream {stream:#x}", num_bytes, None)
 
 
 def _with_zeros(device: torch.device, owner: str, num_bytes: int, front: int | None) -> Tensor:

@@ -79,6 +79,7 @@ class _TrtllmExtend(_Trtllm):
             kv_layout=self._layout,
             sinks=sinks,
             return_lse=return_lse,
+            **memory.keywords(),
         )
 
 
@@ -114,6 +115,7 @@ class _TrtllmDecode(_Trtllm):
             max_q_len=step.max_q_len,
             cum_seq_lens_q=step.cu_seqlens_q,
             return_lse=return_lse,
+            **memory.keywords(),
         )
 
 

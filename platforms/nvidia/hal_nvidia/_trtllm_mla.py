@@ -97,6 +97,7 @@ class _Decode:
             bmm1_scale=scale,
             bmm2_scale=1.0 if kv_scale is None else kv_scale,
             return_lse=return_lse,
+            **payload.memory.keywords(),
             **self._told,
         )
         out = (found[0] if return_lse else found).view(tokens, q.shape[1], self._rank)

@@ -4,7 +4,7 @@
   before 0.6.15. Behind that they leave anything.
 * The others leave anything anywhere. With an LSE, trtllm-gen begins with statistics: 8 bytes for each query that a row
   may have, rounded up to 256, and 1 MiB more (``csrc/trtllm_fmha_kernel_launcher.cu``).
-* Since 0.6.15 trtllm-gen's functions take counters.
+* Since 0.6.15 trtllm-gen's functions take counters, and make and zero them in each call without.
 """
 
 from __future__ import annotations
@@ -46,9 +46,7 @@ def with_counters(buffer: Tensor, counters: Any, heads: int, rows: int, needed: 
     if counters is ABSENT:
         (with_semaphores if splits else scratched)(buffer, needed)
         return
-    if counters is None:
-        scratched(buffer, needed)
-        return
+    assert counters is not None, "a buffer is made and zeroed in this call"
     assert counters.numel() >= 4 * -(-max(rows * heads, _PROCESSORS) // 8) * 8, (
         "multi_ctas_kv_counter_buffer is too small"
     )

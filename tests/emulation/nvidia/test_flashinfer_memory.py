@@ -77,11 +77,32 @@ def test_a_plan_for_graphs_has_memory_of_its_own(name: str, version: str) -> Non
         case, paged = made(name, graph=True)
         step = case.args[3]
         plans = [eager.plan(step), paged.plan(step), paged.plan(step)]
-        assert len({plan.buffer.data_ptr() for plan in plans}) == 3
+        for field in ("buffer", "counters"):
+            held = [getattr(plan, field) for plan in plans]
+            assert len({x.data_ptr() for x in held if x is not None}) in (0, 3)
         assert plans[1].buffer.numel() < plans[0].buffer.numel(), "as large as it needs, once a plan"
         assert paged.update(step, plans[1]) is plans[1], "graphs hold its addresses"
         assert all(comparison.ok for comparison in case.check(paged))
         assert [owner for owner in hal.workspace(CPU)._buffers if "flashinfer" in owner]
+
+
+@pytest.mark.parametrize("name", ["trtllm_gen.extend", "trtllm_gen.decode"])
+def test_counters_are_made_once_and_passed_where_there_is_a_parameter(name: str, monkeypatch: Any) -> None:
+    # requirement B10, A4
+    for version, counted in ((OLD, False), ("0.6.15.post1", True), (NEW, True)):
+        with running(version) as held:
+            case, paged = made(name)
+            plans = [paged.plan(case.args[3]) for _ in range(2)]
+            assert all(comparison.ok for comparison in case.check(paged))
+            monkeypatch.setattr(pool, "stream_of", lambda device: 77)
+            other = paged.plan(case.args[3])
+            monkeypatch.undo()
+        calls = [c for c in held.calls if "trtllm_batch" in c.function]
+        passed = [c.passed.get("multi_ctas_kv_counter_buffer") for c in calls]
+        assert passed
+        assert all(x is (plans[0].counters if counted else None) for x in passed)
+        assert plans[0].counters is plans[1].counters
+        assert (other.counters is plans[0].counters) == (not counted), "calls on two streams may overlap"
 
 
 def step_of(batch: int, max_q_len: int) -> Any:
@@ -90,7 +111,7 @@ def step_of(batch: int, max_q_len: int) -> Any:
 
 @pytest.mark.parametrize("version", [OLD, NEW])
 @pytest.mark.parametrize("graph", [False, True])
-def test_memory_suits_the_largest_statistics(version: str, graph: bool) -> None:
+def test_memory_suits_the_largest_statistics_and_all_rows(version: str, graph: bool) -> None:
     with running(version):
         for name in ("trtllm_gen.extend", "trtllm_gen.decode"):
             _, paged = made(name, graph=graph)
@@ -98,6 +119,9 @@ def test_memory_suits_the_largest_statistics(version: str, graph: bool) -> None:
                 memory: Memory = paged.plan(step_of(batch, longest))
                 front = FRONT if version == OLD and name == "trtllm_gen.decode" else 0
                 assert memory.buffer.numel() > front + statistics(6, batch, longest, True)
+                if memory.counters is not None:
+                    assert memory.counters.numel() >= 4 * batch * 6
+                    assert not memory.counters.any()
 
 
 def test_a_buffer_that_grows_is_zero_at_the_front_again() -> None:
@@ -110,3 +134,5 @@ def test_a_buffer_that_grows_is_zero_at_the_front_again() -> None:
     hal.workspace(CPU)._buffers.clear()
     third = pool.zeroed(CPU, 7)
     assert not third[: pool.ZEROED].any()
+    assert pool.counters(CPU, 7, 64) is not pool.counters(CPU, 8, 64)
+    assert not pool.counters(CPU, 7, 64).any()
