@@ -30,7 +30,8 @@ def _flashinfer(module: str) -> Any:
 
 
 class _Cudnn(Paged):
-    """Lengths are ``[rows, 1, 1, 1]``. The bound on the keys is the block table's, whatever the step holds."""
+    """Lengths are ``[rows, 1, 1, 1]``, and rows are counted by q: those that make up a plan's size are left out. The bound
+    on the keys is the block table's, whatever the step holds."""
 
     def _attend(
         self,
@@ -43,17 +44,21 @@ class _Cudnn(Paged):
         v_scale: Tensor | None,
         return_lse: bool,
     ) -> Any:
-        return self._function(
+        rows = step.num_tokens // step.max_q_len
+        q, whole_out, out = self._first(q, step.num_tokens)
+        found = self._function(
             q,
             *caches,
             scale,
             memory.buffer,
             max_sequence_kv=step.block_table.shape[1] * step.page_size,
-            actual_seq_lens_kv=step.kv_lens.view(-1, 1, 1, 1),
-            block_tables=step.block_table,
-            q_len_per_req=q.shape[0] // step.batch,
+            actual_seq_lens_kv=step.kv_lens[:rows].view(-1, 1, 1, 1),
+            block_tables=step.block_table[:rows],
+            out=out,
+            q_len_per_req=step.max_q_len,
             window_left=self._left,
         )
+        return found if whole_out is None else whole_out
 
 
 class _CudnnExtend(Paged):

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 import hal
+from hal_nvidia._flash import nothing
 from hal_nvidia._flashinfer_memory import Memory, Workplace
 from hal_ops import torch_dtype
 from hal_ops.attention import AttentionRequest, Step
@@ -32,6 +33,7 @@ class Paged:
         self._left = -1 if request.window[0] is None else request.window[0]
         self._causal = request.causal
         self._dtype = torch_dtype(request.dtype)
+        self._v_head_dim = request.v_head_dim
         self._quantize: Any = None
         self.plan = self._memory.plan
         self.update = self._memory.update
@@ -50,6 +52,8 @@ class Paged:
         v_scale: Tensor | None = None,
         return_lse: bool = False,
     ) -> Any:
+        if not q.shape[0] or not step.max_q_len:
+            return nothing(q, self._v_head_dim, return_lse)
         q = q.contiguous()  # they read q by its shape alone; declared in Kernel.copies
         scale = self._scale if k_scale is None else k_scale * self._scale
         if self._quantize is not None:
@@ -57,6 +61,14 @@ class Paged:
             scale = q_scale * scale
         found = self._attend(q, (k_cache, v_cache), step, payload, sinks, scale, v_scale, return_lse)
         return (found[0], found[1].mul_(_LN_2)) if return_lse else found
+
+    def _first(self, q: Tensor, used: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The tokens that are of a row; and where there are others, an output with zeros for them, and its first part."""
+        if used == q.shape[0]:
+            return q, None, None
+        out = q.new_empty((*q.shape[:2], self._v_head_dim))
+        out[used:] = 0.0
+        return q[:used], out, out[:used]
 
     def _attend(
         self,

@@ -133,8 +133,10 @@ class _Xqa(Paged):
         v_scale: Tensor | None,
         return_lse: bool,
     ) -> Any:
-        rows, whole = q.shape[0], q.shape[0] == step.batch
-        return self._function(
+        rows = min(q.shape[0], step.batch)
+        whole = rows == step.batch
+        q, whole_out, out = self._first(q, rows)
+        found = self._function(
             q,
             caches,
             memory.buffer,
@@ -144,7 +146,9 @@ class _Xqa(Paged):
             bmm1_scale=scale,
             bmm2_scale=1.0 if v_scale is None else v_scale,
             window_left=self._left,
+            out=out,
             sinks=sinks,
             kv_layout=self._layout,
             q_len_per_req=1,
         )
+        return found if whole_out is None else whole_out

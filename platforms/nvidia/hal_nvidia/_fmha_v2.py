@@ -10,7 +10,7 @@ from torch import Tensor
 
 import hal
 from hal_nvidia import _flashinfer_pool as pool
-from hal_nvidia._flash import sequences_of
+from hal_nvidia._flash import nothing, sequences_of
 from hal_ops.attention import AttentionRequest, Step, with_lengths
 
 __all__ = ["fmha_v2_prefill"]
@@ -57,6 +57,8 @@ class _FmhaV2:
         alibi_slopes: Tensor | None = None,
         return_lse: bool = False,
     ) -> Any:
+        if not q.numel() or not k.numel():
+            return nothing(q, v.shape[-1], False)
         if cu_seqlens_q is None or cu_seqlens_k is None:
             lengths = self._even(q.shape[0], q.shape[1]), self._even(q.shape[0], k.shape[1])
             out = self._attend(
