@@ -125,13 +125,15 @@ def _pair(kernel: hal.Kernel, request: Request, device: hal.Device, form: str) -
 
 
 def _with_views(call: functools.partial[Any], adapter: functools.partial[Any], out: Tensor) -> Call:
-    """The direct call with the contract's tensors: axes that the library wants otherwise are part of it, as views.
+    """The direct call with the contract's tensors: axes and parts that the library wants otherwise belong to it, as views.
 
     It holds the adapter's call, whose plan is alive as long.
     """
-    given = {x.data_ptr(): x for x in adapter.args if isinstance(x, Tensor)}
+    given = {_storage(x): x for x in adapter.args if isinstance(x, Tensor)}
     seen = {n: x for n, x in (*enumerate(call.args), *call.keywords.items()) if isinstance(x, Tensor)}
-    views = {n: (given[x.data_ptr()], x.size(), x.stride()) for n, x in seen.items() if _is_view(x, given)}
+    views = {
+        n: (given[_storage(x)], x.size(), x.stride(), x.storage_offset()) for n, x in seen.items() if _is_view(x, given)
+    }
     size, stride = out.size(), out.stride()
 
     def direct(adapter: Any = adapter) -> Any:
@@ -147,9 +149,13 @@ def _with_views(call: functools.partial[Any], adapter: functools.partial[Any], o
     return direct if views else plain
 
 
+def _storage(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
+
 def _is_view(x: Tensor, given: dict[int, Tensor]) -> bool:
-    source = given.get(x.data_ptr())
-    return source is not None and source.numel() == x.numel() > 0 and source.shape != x.shape
+    source = given.get(_storage(x))
+    return source is not None and x.numel() > 0 and source.shape != x.shape
 
 
 def _prepared(kernel: hal.Kernel, request: Request, device: hal.Device, form: str) -> Call:

@@ -49,6 +49,7 @@ class Attention(Planner):
         self._write = write
         self._debug_checks = debug_checks
         self._max_q_len = self.request.max_q_len
+        self._graph = self.request.graph
         self._torch_device = selection.device.torch_device()
         self._dtype = torch_dtype(self.request.qkv_dtype)
         self._known: _same.Known = (_same.never, self._prefill)  # type: ignore[assignment]

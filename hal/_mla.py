@@ -57,6 +57,7 @@ class MlaAttention(Planner):
         self._torch_device = selection.device.torch_device()
         self._dtype = torch_dtype(self.request.dtype)
         self._max_q_len = self.request.max_q_len
+        self._graph = self.request.graph
         self._rank = self.request.kv_lora_rank
         self._known_step: tuple[_same.Same, int, int, Any] = (_same.never, 0, 0, None)
 

@@ -120,10 +120,18 @@ def plan_of(token: Tensor) -> Plan:
 
 
 class Buffers:
-    """Device tensors of a fixed size that steps are copied into: addresses never change, tails are zeroed."""
+    """Device tensors of a fixed size that steps are copied into: addresses never change, tails are zeroed.
 
-    def __init__(self, max_batch: int, max_tokens: int, max_pages: int, device: torch.device) -> None:
+    ``most_queries``: queries that a row of any later step may have, where a graph holds the plan; without it each step has
+    its own bound.
+    """
+
+    def __init__(
+        self, max_batch: int, max_tokens: int, max_pages: int, device: torch.device, most_queries: int | None = None
+    ) -> None:
         import torch
+
+        self._most_queries = most_queries
 
         self.sizes: dict[str, int] = {"max_batch": max_batch, "max_tokens": max_tokens, "max_pages": max_pages}
         for name, value in self.sizes.items():
@@ -162,13 +170,15 @@ class Buffers:
 
     def view(self, step: Step) -> Step:
         """The step with its tensors replaced by the buffers, at their full size; empty rows make up the rest."""
-        rows = self.sizes["max_batch"]
+        rows, keys = self.sizes["max_batch"], self.sizes["max_pages"] * step.page_size
         padding = (0,) * (rows - step.batch)
+        most = self._most_queries
         return Step(
             batch=rows,
             num_tokens=step.num_tokens,
-            max_q_len=step.max_q_len,
-            max_kv_len=self.sizes["max_pages"] * step.page_size,
+            # A row has no more queries than keys.
+            max_q_len=step.max_q_len if most is None else min(most, self.sizes["max_tokens"], keys),
+            max_kv_len=keys,
             q_lens=step.q_lens + padding,
             kv_lens_host=step.kv_lens_host + padding,
             cu_seqlens_q=self.cu_seqlens_q,

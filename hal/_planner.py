@@ -21,6 +21,8 @@ class Planner:
     _implementations: Mapping[str, Any]
     _torch_device: torch.device
     _max_q_len: int
+    _graph: bool
+    """Whether graphs may hold plans: what a launch depends on beside tensors is then that of any step."""
     _traced = False
     """Whether calls are nodes for compilers, which plans are then made for."""
 
@@ -65,7 +67,9 @@ class Planner:
         buffers = None
         if max_batch is not None:
             tokens = max_tokens or max_batch * self._max_q_len
-            buffers = Buffers(max_batch, tokens, max_pages or max(1, step.block_table.shape[1]), self._torch_device)
+            most = None if not self._graph else self._max_q_len if phase == "decode" else tokens
+            pages = max_pages or max(1, step.block_table.shape[1])
+            buffers = Buffers(max_batch, tokens, pages, self._torch_device, most)
             step = buffers.fill(step)
         elif max_tokens is not None or max_pages is not None:
             raise InputError("max_tokens and max_pages go with max_batch")
@@ -80,14 +84,18 @@ class Planner:
         why = self._why_not(plan.phase, step)
         if why:
             raise InputError(f"the plan is for the {plan.phase} phase, and {why}: make another plan for this step")
+        fresh = plan.phase == "prefill"
+        # A plan over fresh keys has a payload only after a call over the cache alone: a graph may hold that, too.
+        paged = None if fresh and plan._payload is None else self._implementations["extend" if fresh else plan.phase]
+        refuses = getattr(paged, "refuses", None)
+        if refuses is not None and (why := refuses(step, plan._payload)):
+            raise InputError(why)
         plan._step = plan._buffers.fill(step)
-        if plan.phase == "prefill":
+        if fresh:
             self._prepare(plan)
-            if plan._payload is None:
-                return
-        implementation = self._implementations["extend" if plan.phase == "prefill" else plan.phase]
-        update = getattr(implementation, "update", None)
-        plan._payload = implementation.plan(plan._step) if update is None else update(plan._step, plan._payload)
+        if paged is not None:
+            update = getattr(paged, "update", None)
+            plan._payload = paged.plan(plan._step) if update is None else update(plan._step, plan._payload)
 
     def _asked(self, phase: str, step: Step) -> tuple[str, str]:
         """The same for a phase that was asked for."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 
 import hal
+from hal._portable import PortablePlatform
 from hal.errors import InputError, WorkspaceError
 
 SMALL: dict[str, Any] = {
@@ -127,6 +129,100 @@ def test_a_step_beyond_the_maximum_is_refused_and_changes_nothing(
     with pytest.raises(InputError, match=text):
         plan.update(**step)
     assert plan._step.kv_lens.tolist() == [5, 9]
+
+
+@pytest.fixture
+def bounded(fake_platform: Any, attention_kernel: Any, kernel_module: Any) -> Any:
+    """Handles on a fake library that declares graphs; every step that any of its phases is given is recorded."""
+    planned: list[Any] = []
+
+    class Paged:
+        def plan(self, step: Any) -> Any:
+            planned.append(step)
+            return [step]
+
+        def update(self, step: Any, payload: Any) -> Any:
+            planned.append(step)
+            payload[:] = [step]
+            return payload
+
+        def refuses(self, step: Any, payload: Any) -> str:
+            return "seven rows are too many" if step.batch == 7 else ""
+
+        def __call__(
+            self, q: Any, k_cache: Any, v_cache: Any, step: Any, payload: Any, *, sinks: Any = None,
+            alibi_slopes: Any = None, k_scale: Any = None, v_scale: Any = None, return_lse: bool = False,
+        ) -> Any:  # fmt: skip
+            return q
+
+    class Prefill:
+        def for_step(self, step: Any) -> Any:
+            planned.append(step)
+
+        def __call__(
+            self, q: Any, k: Any, v: Any, *, cu_seqlens_q: Any = None, cu_seqlens_k: Any = None,
+            max_seqlen_q: Any = None, max_seqlen_k: Any = None, sinks: Any = None, alibi_slopes: Any = None,
+            return_lse: bool = False,
+        ) -> Any:  # fmt: skip
+            return q
+
+    module = kernel_module(paged=lambda request, device: Paged(), prefill=lambda request, device: Prefill())
+    flag = {"graph": hal.OneOf(False, True)}
+    kernels = [attention_kernel(f"spy.{p}", target=f"{module}:paged", fields=flag) for p in ("extend", "decode")]
+    kernels.append(attention_kernel("spy.prefill", target=f"{module}:prefill", fields=flag))
+    written = next(k for k in PortablePlatform().kernels() if k.name == "torch.kv_cache_write")
+    changes = {"name": "spy.kv_cache_write", "fields": {**written.fields, **flag}}
+    fake_platform(kernels=[*kernels, dataclasses.replace(written, **changes)])
+    made = {**SMALL, "device": "fake", "page_size": 16, "max_q_len": 4}
+    return made, planned
+
+
+def test_a_plan_for_graphs_has_bounds_that_hold_for_every_later_step(bounded: Any) -> None:
+    # requirement E3, E12, P37
+    """In each phase: what a launch was captured with, it keeps."""
+    made, planned = bounded
+    sizes: dict[str, Any] = {"max_batch": 2, "max_tokens": 400, "max_pages": 20}
+    table = torch.arange(40, dtype=torch.int32).view(2, 20)
+    for phases, step, longest in (
+        (("decode",), {"q_lens": [2, 2], "kv_lens": [2, 9]}, 4),
+        (("extend",), {"q_lens": [2, 2], "kv_lens": [2, 9]}, 320),
+        (("prefill", "decode"), {"q_lens": [5, 2], "kv_lens": [5, 2]}, 320),
+    ):
+        for graph in (False, True):
+            handle = hal.get_attention(**made, graph=graph, phases=phases)
+            plan = handle.plan(**step, block_table=table, **sizes)
+            assert planned[-1].max_q_len == (longest if graph else max(step["q_lens"]))
+            assert planned[-1].max_kv_len == 320
+            plan.update(q_lens=[1], kv_lens=[1], block_table=table[:1]) if "extend" in phases else None
+            assert planned[-1].max_q_len == (longest if graph else planned[-1].q_lens[0])
+            whole = handle.plan(**step, block_table=table)
+            assert planned[-1].max_q_len == max(step["q_lens"]), "a plan that keeps nothing is for its own step"
+            assert whole.num_tokens == sum(step["q_lens"])
+
+
+def test_a_call_over_the_cache_alone_that_a_graph_holds_keeps_its_payload(bounded: Any) -> None:
+    # requirement E12, P37
+    """Also of a plan over fresh keys, which is given one by that call."""
+    made, planned = bounded
+    handle = hal.get_attention(**made, graph=True, phases=("prefill", "extend"))
+    plan = handle.plan(q_lens=[5, 2], kv_lens=[5, 2], block_table=[[0], [1]], max_batch=2, max_tokens=8)
+    assert (plan.phase, plan._payload) == ("prefill", None)
+    handle(torch.zeros(7, 4, 8), cache=handle.allocate_kv_cache(2), plan=plan)
+    held = plan._payload
+    plan.update(q_lens=[6], kv_lens=[6], block_table=[[1]])
+    assert plan._payload is held
+    assert held == [plan._step]
+    assert plan._step.q_lens == (6, 0)
+
+
+def test_what_a_kernel_refuses_changes_nothing(bounded: Any) -> None:  # requirement P37
+    made, planned = bounded
+    handle = hal.get_attention(**made, phases=("extend",))
+    plan = handle.plan(q_lens=[2, 1], kv_lens=[5, 9], block_table=[[0], [1]], max_batch=8)
+    with pytest.raises(InputError, match="seven rows are too many"):
+        plan.update(q_lens=[1] * 7, kv_lens=[1] * 7, block_table=[[0]] * 7)
+    assert len(planned) == 1
+    assert plan._step.kv_lens.tolist() == [5, 9, 0, 0, 0, 0, 0, 0]
 
 
 def test_updated_plans_give_right_answers_with_padding() -> None:  # requirement E12, P37

@@ -218,15 +218,17 @@ def held_steps(device: str) -> Callable[[list[int], list[int]], Any]:
     return make
 
 
-def test_a_payload_is_updated_in_place(device: str) -> None:  # requirement E12, P37
+@pytest.mark.parametrize("first", [0, 2], ids=["long rows first", "short rows first"])
+def test_a_payload_is_updated_in_place(first: int, device: str) -> None:  # requirement E12, P37
+    steps = STEPS[first:] + STEPS[:first]
     request = request_of(graph=True)
     k, v = a_cache(request, 60, device)
     make = held_steps(device)
     impl: Any = extend(request, device)
     q = torch.randn(100, 4, 64, device=device).half()
-    payload = impl.plan(make(*STEPS[0]))
+    payload = impl.plan(make(*steps[0]))
     before = payload.table.data_ptr(), payload.table.shape
-    for q_lens, kv_lens in STEPS:
+    for q_lens, kv_lens in steps:
         step = make(q_lens, kv_lens)
         assert impl.update(step, payload) is payload
         assert (payload.table.data_ptr(), payload.table.shape) == before
@@ -234,6 +236,14 @@ def test_a_payload_is_updated_in_place(device: str) -> None:  # requirement E12,
         right = reference(request, device)(q[:tokens], k, v, step, None)
         torch.testing.assert_close(out[:tokens], right, atol=2e-3, rtol=2e-3)
         assert int(out[tokens:].ne(0).sum()) == 0, "tokens that belong to no row are not zeros"
+
+
+def test_tiles_suit_the_rows_there_are_and_not_those_there_may_be(device: str) -> None:
+    """The bound on the rows of a plan that a graph holds is that of its buffers."""
+    impl: Any = extend(request_of(graph=True), device)
+    step = held_steps(device)(*STEPS[2])
+    bound = dataclasses.replace(step, max_q_len=100)
+    assert impl.plan(bound).block_m == impl.plan(step).block_m
 
 
 def test_an_update_says_anew_whether_there_are_tokens_of_no_row(device: str, monkeypatch: pytest.MonkeyPatch) -> None:

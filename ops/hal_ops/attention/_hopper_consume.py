@@ -58,6 +58,20 @@ def _fetch(
 
 
 @gluon.jit
+def _begin(part: gl.constexpr, done, place, fetched, memory, DIM: gl.constexpr):
+    """Issues the product of a tile's queries with its last block of keys, and waits for neither; nothing is in it, and
+    nothing is waited for, where there is no such tile."""
+    queries, keys, values, barriers = memory
+    k_full, k_empty, v_full, v_empty = barriers
+    row, head, token, q_start, k_start, out_start, q_len, kv_len = place
+    mine = put_queries(fetched, queries, part, DIM)
+    if token < q_len:
+        mbarrier.wait(k_full.index(done & 1), (done >> 1) & 1)
+    hopper.fence_async_shared()
+    return multiply_keys(mine, keys, done & 1, DIM > keys[0].shape[2])
+
+
+@gluon.jit
 def _start_rows(
     rows, head, sinks, slopes, PACK: gl.constexpr, SINKS: gl.constexpr, ALIBI: gl.constexpr,
 ):  # fmt: skip
@@ -97,13 +111,16 @@ def _store(
 
 @gluon.jit
 def _attend(
-    part: gl.constexpr, done, place, rules, scale, rows, queries, keys, values, barriers,
+    part: gl.constexpr, done, place, s, rules, scale, rows, queries, keys, values, barriers,
     PACK: gl.constexpr, TOKENS: gl.constexpr, DIM: gl.constexpr, V_DIM: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
     SINKS: gl.constexpr, PLAIN: gl.constexpr, FENCE: gl.constexpr,
     PARTS: gl.constexpr, TURNS: gl.constexpr, SHORT: gl.constexpr,
 ):  # fmt: skip
-    """A tile but for its last product, which is issued: ``acc, rest, total, top`` and how many blocks are done then."""
+    """A tile but for its first product, which is ``s``, and for its last, which is issued.
+
+    Returns ``acc, rest, total, top`` and how many blocks are done then.
+    """
     BLOCK_N: gl.constexpr = keys[0].shape[1]
     LAYOUT: gl.constexpr = product_layout(BLOCK_N, 4, keys[0].dtype)
     SPLIT: gl.constexpr = DIM > keys[0].shape[2]
@@ -125,9 +142,6 @@ def _attend(
         rest = gl.zeros([64, V_REST], gl.float32, layout=product_layout(V_REST, 4, values[0].dtype))
 
     first = gl.maximum(end - 1, begin)
-    mbarrier.wait(k_full.index(done & 1), (done >> 1) & 1)
-    hopper.fence_async_shared()
-    s = hopper.warpgroup_mma_wait(0, deps=(multiply_keys(queries, keys, done & 1, SPLIT),))
     mbarrier.arrive(k_empty.index(done & 1))
     columns = first * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, LAYOUT))
     p, shrink, total, top = softmax(
@@ -165,7 +179,7 @@ def _attend(
 
 @gluon.jit
 def _one(
-    part: gl.constexpr, turn, done, place, fetched, rows, given, q_side, out_side, scales, memory,
+    part: gl.constexpr, turn, done, place, s, rows, given, q_side, out_side, scales, memory,
     HEADS: gl.constexpr, GROUP: gl.constexpr, PACK: gl.constexpr, TOKENS: gl.constexpr, RAGGED: gl.constexpr,
     UNIT: gl.constexpr, DIM: gl.constexpr, V_DIM: gl.constexpr, PAGE_SIZE: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
@@ -173,35 +187,44 @@ def _one(
     PARTS: gl.constexpr, TURNS: gl.constexpr, SHORT: gl.constexpr, LOOP: gl.constexpr,
     Q_SCALES: gl.constexpr, K_SCALES: gl.constexpr, V_SCALES: gl.constexpr,
 ):  # fmt: skip
-    """One tile. Returns how many blocks are done then, and with ``LOOP`` where the next tile is, and its queries."""
+    """One tile, whose first product is ``s``. Returns how many blocks are done then.
+
+    With ``LOOP`` the first product of the next tile is made while this one's rows are stored: returned are where that
+    tile is, and the product.
+    """
     total_tiles, rules, scale, work = given
     q_scale, k_scale, v_scale = scales
     queries, keys, values, barriers = memory
     k_full, k_empty, v_full, v_empty = barriers
+    SPLIT: gl.constexpr = DIM > keys[0].shape[2]
     V_SPLIT: gl.constexpr = V_DIM > values[0].shape[2]
     V_REST: gl.constexpr = values[1].shape[2] if V_SPLIT else 0
     out, out_stride, out_head_stride, lse = out_side
     row, head, token, q_start, k_start, out_start, q_len, kv_len = place
     out += (out_start + token).to(gl.int64) * out_stride + head * out_head_stride
     lse += (out_start + token).to(gl.int64) * HEADS + head
-    mine = put_queries(fetched, queries, part, DIM)
     factor = scale * _scale(q_scale, head, GROUP, Q_SCALES) * _scale(k_scale, head, GROUP, K_SCALES)
+    mine = (queries[0].index(part), queries[1].index(part))
     acc, rest, total, top, done = _attend(
-        part, done, place, rules, factor, rows, mine, keys, values, barriers, PACK, TOKENS, DIM, V_DIM,
+        part, done, place, s, rules, factor, rows, mine, keys, values, barriers, PACK, TOKENS, DIM, V_DIM,
         HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, SINKS, PLAIN, FENCE, PARTS, TURNS, SHORT,
     )  # fmt: skip
     after = place
     if LOOP:
         after = tile_of(turn + 1, total_tiles, work, HEADS // PACK, PACK, TOKENS, RAGGED, PAGE_SIZE > 0)
         fetched = _fetch(after, q_side, queries, rows, PACK, TOKENS, UNIT, DIM)
-    acc, rest = wait_values(acc, rest, V_SPLIT)
-    if LOOP:
+        s = _begin(part, done, after, fetched, memory, DIM)
+        acc, rest = wait_values(acc, rest, V_SPLIT, 2 if SPLIT else 1)
         mbarrier.arrive(v_empty.index((done - 1) & 1))
+    else:
+        acc, rest = wait_values(acc, rest, V_SPLIT, 0)
     _store(
         out, lse, (out_stride, out_head_stride), q_len - token, rows, acc, rest, top, total,
         _scale(v_scale, head, GROUP, V_SCALES), HEADS, PACK, TOKENS, V_DIM, values[0].shape[2], V_REST, LSE,
     )  # fmt: skip
-    return done, after, fetched
+    if LOOP:
+        s = hopper.warpgroup_mma_wait(0, deps=(s,))
+    return done, after, s
 
 
 @gluon.jit
@@ -214,29 +237,31 @@ def consume(
     PARTS: gl.constexpr, TURNS: gl.constexpr, SHORT: gl.constexpr, LOOP: gl.constexpr,
     Q_SCALES: gl.constexpr, K_SCALES: gl.constexpr, V_SCALES: gl.constexpr,
 ):  # fmt: skip
-    """Rows ``64 * part`` to ``64 * part + 63`` of each tile. The queries of a tile come while the one before ends."""
+    """Rows ``64 * part`` to ``64 * part + 63`` of each tile."""
     total, rules, scale, work = given
     queries, keys, values, barriers = memory
     LAYOUT: gl.constexpr = product_layout(keys[0].shape[1], 4, keys[0].dtype)
     rows = part * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT))
     place = tile_of(0, total, work, HEADS // PACK, PACK, TOKENS, RAGGED, PAGE_SIZE > 0)
-    fetched = _fetch(place, q_side, queries, rows, PACK, TOKENS, UNIT, DIM)
     done = 0
+    fetched = _fetch(place, q_side, queries, rows, PACK, TOKENS, UNIT, DIM)
+    s = hopper.warpgroup_mma_wait(0, deps=(_begin(part, done, place, fetched, memory, DIM),))
     if LOOP:
         for turn in range(gl.cdiv(total, gl.num_programs(0))):
             row, head, token, q_start, k_start, out_start, q_len, kv_len = place
             if token < q_len:
-                done, place, fetched = _one(
-                    part, turn, done, place, fetched, rows, given, q_side, out_side, scales, memory, HEADS, GROUP, PACK,
+                done, place, s = _one(
+                    part, turn, done, place, s, rows, given, q_side, out_side, scales, memory, HEADS, GROUP, PACK,
                     TOKENS, RAGGED, UNIT, DIM, V_DIM, PAGE_SIZE, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, SINKS, PLAIN, LSE,
                     FENCE, PARTS, TURNS, SHORT, LOOP, Q_SCALES, K_SCALES, V_SCALES,
                 )  # fmt: skip
             else:
                 place = tile_of(turn + 1, total, work, HEADS // PACK, PACK, TOKENS, RAGGED, PAGE_SIZE > 0)
                 fetched = _fetch(place, q_side, queries, rows, PACK, TOKENS, UNIT, DIM)
+                s = hopper.warpgroup_mma_wait(0, deps=(_begin(part, done, place, fetched, memory, DIM),))
     else:
         _one(
-            part, 0, done, place, fetched, rows, given, q_side, out_side, scales, memory, HEADS, GROUP, PACK,
+            part, 0, done, place, s, rows, given, q_side, out_side, scales, memory, HEADS, GROUP, PACK,
             TOKENS, RAGGED, UNIT, DIM, V_DIM, PAGE_SIZE, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, SINKS, PLAIN, LSE,
             FENCE, PARTS, TURNS, SHORT, LOOP, Q_SCALES, K_SCALES, V_SCALES,
         )  # fmt: skip

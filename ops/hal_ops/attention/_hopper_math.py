@@ -145,11 +145,12 @@ def multiply_values(p, acc, rest, values, slot, SPLIT: gl.constexpr):
 
 
 @gluon.jit
-def wait_values(acc, rest, SPLIT: gl.constexpr):
+def wait_values(acc, rest, SPLIT: gl.constexpr, LATER: gl.constexpr):
+    """Waits for all products but the last ``LATER`` that were issued."""
     if SPLIT:
-        acc, rest = hopper.warpgroup_mma_wait(0, deps=(acc, rest))
+        acc, rest = hopper.warpgroup_mma_wait(LATER, deps=(acc, rest))
     else:
-        acc = hopper.warpgroup_mma_wait(0, deps=(acc,))
+        acc = hopper.warpgroup_mma_wait(LATER, deps=(acc,))
     return acc, rest
 
 
@@ -234,7 +235,7 @@ def fold_block(
     # ptxas moves the wait for a product up to where the last one was issued, across any arithmetic, but not across a
     # branch; the one in this wait keeps the softmax beside the product.
     mbarrier.wait(v_full.index(n & 1), (n >> 1) & 1)
-    acc, rest = wait_values(acc, rest, V_SPLIT)
+    acc, rest = wait_values(acc, rest, V_SPLIT, 0)
     mbarrier.arrive(v_empty.index(last & 1))
     p = pack(p, values[0].dtype)
     acc = times(acc, shrink)

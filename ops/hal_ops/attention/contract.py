@@ -25,6 +25,11 @@ kernel wants to know about the step; may be None; no device synchronisation) and
     impl(q, k_cache, v_cache, step, payload, *, sinks=None, alibi_slopes=None, k_scale=None, v_scale=None,
          return_lse=False) -> out | (out, lse)
 
+It may have ``impl.update(step, payload) -> payload``, which fills a plan for another step; without it such a plan is made
+anew. A graph holds what a call was captured with: whatever a launch of a ``graph=True`` kernel depends on beside its
+tensors must hold for each step of the plan. Where it cannot, ``impl.refuses(step, payload) -> str`` says why this step is
+none for the plan; it is asked before anything is changed, and ``""`` is no reason.
+
 q is ``[tokens, num_q_heads, head_dim]``; the caches are in ``request.kv_layout``; the last ``q_len`` tokens of a row's
 ``kv_len`` are this step's, already written. With ``graph=True`` q may hold more tokens than the step, behind its own: their
 results are nobody's, and must not be read from the cache or fail. No other request sees such a q.
@@ -55,7 +60,9 @@ class Step:
     """One step's metadata in neutral form, made once and shared by every layer.
 
     Fields:
-        batch: rows. num_tokens: sum of ``q_lens``. max_q_len, max_kv_len: host maxima, in tokens.
+        batch: rows. num_tokens: sum of ``q_lens``.
+        max_q_len, max_kv_len: bounds on the lengths of a row, on the host, in tokens. A plan's that graphs hold are
+            those of every step that it can be filled with, and not this step's alone, whose lengths are in ``q_lens``.
         q_lens, kv_lens_host: host lengths in tokens, a row each; ``kv_lens_host`` includes this step's tokens.
         cu_seqlens_q, cu_seqlens_k: int32 ``[batch + 1]`` on the device, in tokens, from 0 to the sum.
         kv_lens: int32 ``[batch]`` on the device.

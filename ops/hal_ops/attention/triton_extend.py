@@ -150,7 +150,9 @@ class _Extend:
         return Way(hopper_extend, config, self.features, self.gpu, self._constants, boxes=boxes)
 
     def plan(self, step: Step) -> Tiles:
-        block_m = max(16, 1 << (step.max_q_len * self.request.group_size - 1).bit_length())
+        # Tiles are listed one by one, so later steps may have longer rows: this step's say what suits the plan.
+        longest = max(step.q_lens, default=0)
+        block_m = max(16, 1 << (longest * self.request.group_size - 1).bit_length())
         largest = max(config.block_m for config in self.configs)
         if any(isinstance(config, Hopper) for config in self.configs) or block_m > largest:
             block_m = largest

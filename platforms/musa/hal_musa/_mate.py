@@ -196,10 +196,8 @@ class _Paged:
         return _finish(found[0], found[1], sinks, return_lse) if with_lse else found
 
     def _bound(self, step: Step) -> int:
-        """The most queries a row; the same for the planner and the call, and in a graph for every replay."""
-        if self._most_queries is not None:
-            return self._most_queries
-        return step.slot_mapping.shape[0] if self._request.graph else step.max_q_len
+        """The most queries a row; the same for the planner and the call."""
+        return step.max_q_len if self._most_queries is None else self._most_queries
 
     def _current(self) -> contextlib.AbstractContextManager[Any]:
         """This handle's device as the current one: MATE's planner allocates on ``"musa"``, whichever that is."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hal_ops.attention import AttentionRequest
+from hal_ops.attention import AttentionRequest, Step
 
-__all__ = ["longest_query", "nothing", "window_of", "without_keys"]
+__all__ = ["longest_query", "nothing", "sequences_of", "window_of", "with_step", "without_keys"]
 
 
 def window_of(request: AttentionRequest) -> tuple[int, int]:
@@ -26,6 +27,21 @@ def longest_query(q: Tensor, cu_seqlens_q: Tensor, given: int | None) -> int:
     """
     longest = given or q.shape[0]
     return longest if longest > 1 or q.shape[0] == cu_seqlens_q.shape[0] - 1 else 2
+
+
+def with_step(call: Any, step: Step) -> Any:
+    """``call`` with the lengths of a step whose keys are its queries' own. The bound on its queries is never 1: q may hold
+    as many tokens as there are rows, and others than one of each (see :func:`longest_query`)."""
+    cumulative, longest = step.cu_seqlens_q, step.max_q_len
+    lengths = {"cu_seqlens_q": cumulative, "cu_seqlens_k": cumulative}
+    return partial(call, **lengths, max_seqlen_q=max(2, longest), max_seqlen_k=longest)
+
+
+def sequences_of(numbers: Tensor, cumulative: Tensor) -> Tensor:
+    """The sequence of each token, int64, without waiting for the device. What lies behind the last one, where a plan of
+    fixed size has room, counts as the last one's."""
+    rows = torch.searchsorted(cumulative[1:].contiguous(), numbers, right=True)
+    return rows.clamp_max(cumulative.shape[0] - 2)
 
 
 def without_keys(lse: Tensor) -> Tensor:

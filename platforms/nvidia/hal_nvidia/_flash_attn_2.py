@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import hal
-from hal_nvidia._flash import longest_query, nothing, window_of, without_keys
+from hal_nvidia._flash import longest_query, nothing, window_of, with_step, without_keys
 from hal_ops.attention import AttentionRequest, PagedAttention, PrefillAttention, Step
 from hal_ops.attention.reference import check_tensors
 
@@ -35,6 +35,10 @@ class _Prefill:
     def for_dense(self, q: Tensor, k: Tensor, v: Tensor) -> Any:
         """The library's function itself, where a call has keys and queries, and nothing else."""
         return self._dense if q.numel() and k.numel() else self
+
+    def for_step(self, step: Step) -> Any:
+        """This with the lengths of a step."""
+        return with_step(self, step)
 
     def __call__(
         self,
@@ -122,24 +126,42 @@ class _Extend(_Paged):
         self._check(sinks, alibi_slopes)
         if not q.numel() or not step.max_kv_len:
             return nothing(q, self._request.v_head_dim, return_lse)
-        # A captured graph serves other steps too: its bound is what any of them may need.
-        longest = q.shape[0] if self._request.graph else step.max_q_len
+        # One query in every row may be said, see longest_query, only where there is.
+        singles = q.shape[0] == step.num_tokens == step.batch and not self._request.graph
         found = self._varlen(
             q, *self._caches(k_cache, v_cache), step.cu_seqlens_q, step.cu_seqlens_k,
-            longest_query(q, step.cu_seqlens_q, longest), step.max_kv_len, block_table=step.block_table,
+            step.max_q_len if singles else max(2, step.max_q_len), step.max_kv_len, block_table=step.block_table,
             alibi_slopes=alibi_slopes, return_attn_probs=return_lse,
         )  # fmt: skip
         return (found[0], without_keys(found[1].transpose(0, 1))) if return_lse else found
 
 
 class _Decode(_Paged):
+    """What is planned is the number of queries a row, which is a size of the call."""
+
+    def plan(self, step: Step) -> int:  # type: ignore[override]
+        return step.q_lens[0] if step.q_lens else 0
+
+    def update(self, step: Step, payload: int) -> int:
+        return payload if self._request.graph else self.plan(step)
+
+    def refuses(self, step: Step, payload: int) -> str:
+        """Why a captured launch, which has one number of queries a row, does not serve this step."""
+        q_len = self.plan(step)
+        if not self._request.graph or q_len in (0, payload):
+            return ""
+        return (
+            f"the step has q_len {q_len}, and the plan was made for {payload}: flash-attention 2 decodes rows of one length "
+            "in a captured graph; make a plan, and a graph, for each q_len"
+        )
+
     def __call__(
         self,
         q: Tensor,
         k_cache: Tensor,
         v_cache: Tensor,
         step: Step,
-        payload: None,
+        payload: int,
         *,
         sinks: Tensor | None = None,
         alibi_slopes: Tensor | None = None,
@@ -148,7 +170,7 @@ class _Decode(_Paged):
         return_lse: bool = False,
     ) -> Any:
         self._check(sinks, alibi_slopes)
-        tokens, q_len = q.shape[0], step.max_q_len
+        tokens, q_len = q.shape[0], payload
         rows = min(tokens // q_len, step.batch) if q_len else 0
         if not rows:
             return nothing(q, self._request.v_head_dim, return_lse)

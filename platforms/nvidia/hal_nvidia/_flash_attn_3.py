@@ -119,16 +119,16 @@ def extend(request: AttentionRequest, device: hal.Device) -> PagedAttention:
     Raises:
         ValueError: sinks are asked for, and the library's functions take none.
     """
-    return _Paged(request, device, "extend")
+    return _Paged(request, device)
 
 
 def decode(request: AttentionRequest, device: hal.Device) -> PagedAttention:
-    """The decode phase: the same as :func:`extend`, with a bound on the queries that is known beforehand.
+    """The decode phase: the same as :func:`extend`.
 
     Raises:
         ValueError: sinks are asked for, and the library's functions take none.
     """
-    return _Paged(request, device, "decode")
+    return _Paged(request, device)
 
 
 @dataclasses.dataclass(slots=True)
@@ -140,10 +140,9 @@ class Schedule:
 
 
 class _Paged:
-    def __init__(self, request: AttentionRequest, device: hal.Device, phase: str) -> None:
+    def __init__(self, request: AttentionRequest, device: hal.Device) -> None:
         _check_sinks(request)
         self._request = request
-        self._phase = phase
         self._hopper = device.arch.name == "sm_90"
         self._heads_first = request.kv_layout == "HND"
         self._kv_heads = request.num_kv_heads
@@ -166,7 +165,7 @@ class _Paged:
 
     def plan(self, step: Step) -> Schedule | None:
         """The planner's metadata. One kernel is launched; nothing waits for it."""
-        longest = self._longest(step)
+        longest = step.max_q_len
         if not step.batch or not longest or not step.block_table.shape[1]:
             return None
         metadata = self._metadata(step, longest)
@@ -188,12 +187,6 @@ class _Paged:
         check_size(made.metadata.numel(), (payload.metadata.numel(),), f"a plan of {payload.metadata.numel()}")
         payload.metadata.copy_(made.metadata)
         return payload
-
-    def _longest(self, step: Step) -> int:
-        """The bound on query lengths; in a graph, that of any step that the plan's buffers hold."""
-        if not self._request.graph:
-            return step.max_q_len
-        return self._request.max_q_len if self._phase == "decode" else len(step.slot_mapping)
 
     def _metadata(self, step: Step, longest: int) -> Tensor:
         request, width = self._request, step.block_table.shape[1] * step.page_size

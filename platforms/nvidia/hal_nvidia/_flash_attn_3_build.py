@@ -2,7 +2,12 @@
 
 ``flash_attn_config.py`` holds the build flags (``hopper/setup.py`` writes it); ``flash_attn_interface.py`` tells the
 forks apart by the signatures of its functions. Where the files are not the ones asked about (a simulated library), a
-build stands in that is known: upstream's default, or the wheel of tokenspeed-fa3 3.0.0.post20260810.
+build stands in that is known: upstream's default, or the wheel of tokenspeed-fa3.
+
+What a build needs of torch and CUDA is a matter of who made it. Upstream's is made on the machine that it is for. The
+wheels of tokenspeed-fa3 (3.0.0.post20251110, post20260408 and post20260810) are made already: ``_C.abi3.so`` is linked with
+``libcudart.so.13``, and wants 48 functions of torch's stable ABI, eight of which torch 2.8.0 lacks (``aoti_torch_aten_pad``
+among them) and 2.9.1 has. Upstream's setup.py targets 2.9 for it (``TORCH_TARGET_VERSION``). Sinks came with post20260408.
 """
 
 from __future__ import annotations
@@ -13,15 +18,22 @@ import functools
 import importlib.machinery
 import importlib.metadata
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hal
+from hal import Reason
 from hal_ops import record
 
-__all__ = ["Build", "DISTRIBUTIONS", "build"]
+if TYPE_CHECKING:
+    from hal import Device
+
+__all__ = ["Build", "DISTRIBUTIONS", "INSTALL", "SOURCE", "build", "candidate", "unmet"]
 
 DISTRIBUTIONS = ("flash-attn-3", "tokenspeed-fa3")
+SOURCE = "build hopper/ of github.com/Dao-AILab/flash-attention"
+INSTALL = f"`pip install tokenspeed-fa3` (for sm_90 with CUDA 13 and torch 2.9 or newer), or {SOURCE}"
 _HEAD_DIMS = (64, 96, 128, 192, 256)
 _PREFIXES = ("FLASHATTENTION_DISABLE_", "FLASH_ATTENTION_DISABLE_")
 
@@ -31,13 +43,16 @@ class Build:
     """One build. ``without`` names what was left out, as the build flags do (``BACKWARD``, ``SOFTCAP``, ``SM8x``, ...).
 
     ``sinks``: the functions take them. ``optional_lse``: they return the LSE on request only, as all do that were made
-    since 2025-08-29 (commit 203b9b3d).
+    since 2025-08-29 (commit 203b9b3d). ``cudart``: the version in the name of the CUDA runtime that it is linked with, and
+    ``torch`` the torch whose ABI it is made for, where the build is not made on this machine.
     """
 
     name: str
     without: frozenset[str] = frozenset()
     sinks: bool = False
     optional_lse: bool = True
+    cudart: int = 0
+    torch: str = ""
 
     @property
     def largest_head_dim(self) -> int:
@@ -52,12 +67,16 @@ class Build:
 
 UPSTREAM = Build("upstream's flash-attention 3")
 """Upstream's default build, for questions about a library that is not installed."""
-_KNOWN = {
-    "flash-attn-3": UPSTREAM,
-    "tokenspeed-fa3": Build(
-        "", frozenset({"BACKWARD", "SOFTCAP", "HDIM96", "SM8x", "HDIMDIFF64", "HDIMDIFF192"}), sinks=True
-    ),
-}
+WHEEL = Build(
+    "tokenspeed-fa3",
+    frozenset({"BACKWARD", "SOFTCAP", "HDIM96", "SM8x", "HDIMDIFF64", "HDIMDIFF192"}),
+    sinks=True,
+    cudart=13,
+    torch=">=2.9",
+)
+"""The wheels of tokenspeed-fa3."""
+_KNOWN = {"flash-attn-3": UPSTREAM, "tokenspeed-fa3": WHEEL}
+_WHEEL_SINKS = ">=3.0.0.post20260408"
 
 
 def build() -> Build | None:
@@ -69,14 +88,34 @@ def build() -> Build | None:
     return None
 
 
+def candidate(device: Device) -> Build | None:
+    """What is known of all builds that could be installed here: nothing where the wheel can be, which has what upstream's
+    lacks and lacks what it has."""
+    return None if device.arch.name in WHEEL.archs and not any(unmet(WHEEL, device)) else UPSTREAM
+
+
+def unmet(found: Build, device: Device) -> Iterator[Reason]:
+    """What a build that was made elsewhere needs of the machine, and does not find."""
+    version, torch = device.runtime, hal.installed("torch")
+    if found.cudart and version.known and version.release[0] != found.cudart:
+        code = "runtime_too_old" if version.release[0] < found.cudart else "check"
+        wanted = f">={found.cudart},<{found.cudart + 1}"
+        text = f"{found.name} is linked with libcudart.so.{found.cudart}, of CUDA {found.cudart}; this is {version}"
+        yield Reason(code, text, "runtime", str(version), wanted, f"install torch for CUDA {found.cudart}, or {SOURCE}")
+    if found.torch and torch is not None and torch.satisfies(found.torch) is False:
+        text = f"{found.name} is made for the stable ABI of torch {found.torch}; {torch} is installed"
+        yield Reason("version_too_old", text, "library", str(torch), found.torch, f"install a newer torch, or {SOURCE}")
+
+
 @functools.lru_cache(maxsize=16)
 def _build(name: str, version: str) -> Build:
-    label = f"{name} {version}"
+    known = dataclasses.replace(_KNOWN[name], name=f"{name} {version}")
     if _really_installed(name) == version:
         texts = [_source(module) for module in ("flash_attn_interface", "flash_attn_config")]
         if texts[0] and texts[1]:
-            return _read(label, texts[0], texts[1])
-    return dataclasses.replace(_KNOWN[name], name=label)
+            return _read(known, texts[0], texts[1])
+    lacks_sinks = hal.Version.parse(version).satisfies(_WHEEL_SINKS) is False
+    return dataclasses.replace(known, sinks=False) if lacks_sinks else known
 
 
 def _really_installed(name: str) -> str:
@@ -93,13 +132,13 @@ def _source(module: str) -> str:
     return Path(spec.origin).read_text(encoding="utf-8")
 
 
-def _read(label: str, interface: str, config: str) -> Build:
+def _read(known: Build, interface: str, config: str) -> Build:
     parameters = _parameters(interface)
     flags = _flags(config)
     left_out = {name.removeprefix(p) for name, on in flags.items() for p in _PREFIXES if on and name.startswith(p)}
-    return Build(
-        label,
-        frozenset(left_out),
+    return dataclasses.replace(
+        known,
+        without=frozenset(left_out),
         sinks="sinks" in parameters.get("flash_attn_with_kvcache", ()),
         optional_lse="return_attn_probs" in parameters.get("flash_attn_varlen_func", ()),
     )

@@ -24,18 +24,16 @@ __all__ = ["decode", "extend"]
 
 def extend(request: MlaAttentionRequest, device: hal.Device) -> MlaAttention:
     """The extend phase."""
-    return _Mla(request, None)
+    return _Mla(request)
 
 
 def decode(request: MlaAttentionRequest, device: hal.Device) -> MlaAttention:
-    """The decode phase: the same, with a bound on the queries that is known beforehand."""
-    return _Mla(request, request.max_q_len)
+    """The decode phase: the same."""
+    return _Mla(request)
 
 
 class _Mla:
-    def __init__(self, request: MlaAttentionRequest, most: int | None) -> None:
-        self._most = most
-        self._graph = request.graph
+    def __init__(self, request: MlaAttentionRequest) -> None:
         self._rank = request.kv_lora_rank
         self._attend = partial(
             flash_attn_with_kvcache,
@@ -46,10 +44,8 @@ class _Mla:
         )
 
     def plan(self, step: Step) -> int:
-        """The bound on query lengths; in a graph, that of any step that the plan's buffers hold. 0: nothing to do."""
-        if not step.max_q_len or not step.block_table.shape[1]:
-            return 0
-        return (self._most or len(step.slot_mapping)) if self._graph else step.max_q_len
+        """The bound on query lengths. 0: nothing to do."""
+        return step.max_q_len if step.block_table.shape[1] else 0
 
     def __call__(
         self,

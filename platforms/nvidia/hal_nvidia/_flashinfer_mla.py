@@ -46,6 +46,7 @@ class _Mla:
     def __init__(self, request: MlaAttentionRequest, device: hal.Device, backend: str) -> None:
         self._place = device.torch_device()
         self._rank, self._heads = request.kv_lora_rank, request.num_q_heads
+        self._parts = (request.kv_lora_rank, request.qk_rope_head_dim)
         self._processors = device.multiprocessors or _MOST_PROCESSORS
         self._make = functools.partial(
             importlib.import_module("flashinfer").BatchMLAPagedAttentionWrapper, backend=backend
@@ -109,13 +110,15 @@ class _Mla:
         rank, tokens = self._rank, payload.tokens
         if not tokens or q.shape[0] != tokens:
             return self._padded(q, cache, step, payload, kv_scale, return_lse)
-        out = q.new_empty((*q.shape[:2], rank))
         if kv_scale is not None:
             q = torch.mul(q, kv_scale, out=torch.empty_like(q))
+        # It makes the output as the queries are, but for the gaps in them.
+        out = None if q.is_contiguous() else q.new_empty((*q.shape[:2], rank))
         found = payload.run(
-            q[..., :rank], q[..., rank:], cache[..., :rank], cache[..., rank:],
+            *q.split_with_sizes(self._parts, -1), *cache.split_with_sizes(self._parts, -1),
             out=out, return_lse=return_lse, **self._unscaled,
         )  # fmt: skip
+        out = found[0] if return_lse else found
         if kv_scale is not None:
             torch.mul(out, kv_scale, out=out)
         return (out, found[1].mul_(_LN_2)) if return_lse else out

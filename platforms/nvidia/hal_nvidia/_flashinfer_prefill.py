@@ -14,6 +14,7 @@ import collections
 import functools
 import itertools
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -68,6 +69,27 @@ class Prefill:
     def for_step(self, step: Step) -> Planned:
         """A callable like this one for a step whose keys are its queries' own, planned from its host lengths."""
         return self._planned(step.q_lens, step.q_lens)
+
+    def for_dense(self, q: Tensor, k: Tensor, v: Tensor) -> Callable[[Tensor, Tensor, Tensor], Any]:
+        """A callable for tensors that are alike: it plans once a stream."""
+        batch, q_len, kv_len = q.shape[0], q.shape[1], k.shape[1]
+        size = (batch, q_len, self._request.num_q_heads, self._request.v_head_dim)
+        rows_of_q, rows_of_k, rows_of_v = (_rows_of(x) for x in (q, k, v))
+        place = self._place
+
+        def planned() -> tuple[int, Planned]:
+            return pool.stream_of(place), self._dense_plan(batch, q_len, kv_len)
+
+        known = planned()
+
+        def call(q: Tensor, k: Tensor, v: Tensor) -> Any:
+            nonlocal known
+            stream, plan = known
+            if stream != pool.stream_of(place):
+                _, plan = known = planned()
+            return plan(rows_of_q(q), rows_of_k(k), rows_of_v(v)).view(size)
+
+        return call
 
     def _call_dense(self, q: Tensor, k: Tensor, v: Tensor, return_lse: bool) -> Any:
         found = self._dense_plan(q.shape[0], q.shape[1], k.shape[1])(
@@ -161,6 +183,13 @@ class Planned:
             part = self(*(x[: self._tokens] for x in (q, k, v)), return_lse=True)
             out[: self._tokens], lse[: self._tokens] = part
         return (out, lse) if return_lse else out
+
+
+def _rows_of(x: Tensor) -> Callable[[Tensor], Tensor]:
+    """``[batch, tokens, heads, dim]`` to ``[batch * tokens, heads, dim]``, for tensors that are like ``x``."""
+    rows = x.flatten(0, 1)
+    is_view = x.numel() == 0 or rows.data_ptr() == x.data_ptr()
+    return operator.methodcaller("view", rows.shape) if is_view else operator.methodcaller("flatten", 0, 1)
 
 
 def _lengths(cumulated: Tensor) -> list[int]:

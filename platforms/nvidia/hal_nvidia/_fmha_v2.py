@@ -10,6 +10,7 @@ from torch import Tensor
 
 import hal
 from hal_nvidia import _flashinfer_pool as pool
+from hal_nvidia._flash import sequences_of
 from hal_ops.attention import AttentionRequest, Step, with_lengths
 
 __all__ = ["fmha_v2_prefill"]
@@ -96,5 +97,6 @@ def _unseeing(cu_q: Tensor, cu_k: Tensor, tokens: int, causal: bool) -> Tensor:
     """Whether a token sees no key, bool ``[tokens]``, from lengths on the device and without waiting for it."""
     q_lens, kv_lens = cu_q.diff(), cu_k.diff()
     blind = (q_lens - kv_lens).clamp_min(0) if causal else q_lens * (kv_lens == 0)
-    rows = torch.repeat_interleave(torch.arange(len(q_lens), device=cu_q.device), q_lens, output_size=tokens)
-    return torch.arange(tokens, device=cu_q.device) - cu_q[rows] < blind[rows]
+    numbers = torch.arange(tokens, device=cu_q.device, dtype=cu_q.dtype)
+    rows = sequences_of(numbers, cu_q)
+    return numbers - cu_q[rows] < blind[rows]

@@ -1,7 +1,7 @@
 """The libraries that NVIDIA's kernels come from.
 
 Distribution and module names were read from the wheels (flash-attn 2.8.3, tokenspeed-fa3 3.0.0, flash-attn-4 4.0.0b36,
-flashinfer-python 0.7.2, nvidia-cudnn-frontend 1.32, nvidia-cutlass-dsl 4.8).
+tokenspeed-fa4 4.0.0.post20260923, flashinfer-python 0.7.2, nvidia-cudnn-frontend 1.32, nvidia-cutlass-dsl 4.8).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LIBRARIES = (
         "flash-attn-3",
         ("flash-attn-3", "tokenspeed-fa3"),
         module="flash_attn_3._C",
-        install="build hopper/ of github.com/Dao-AILab/flash-attention, or pip install tokenspeed-fa3",
+        install="build hopper/ of github.com/Dao-AILab/flash-attention, or pip install tokenspeed-fa3 (sm_90, CUDA 13)",
     ),
     Library(
         "flash-attn-4",

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import hal
-from hal_nvidia._flash import nothing
+from hal_nvidia._flash import nothing, sequences_of
 from hal_ops.attention import AttentionRequest, PrefillAttention
 from hal_ops.attention.reference import check_tensors
 
@@ -91,7 +91,7 @@ class _Prefill:
             cu_q, cu_k = without_first_queries(cu_q, cu_k)
         if not return_lse and not self._needs_grad and self._all_written:
             return self._launch(q, k, v, cu_q, cu_k, bounds, False)[0][0]
-        rows, places, empty = tokens(q.shape[0], cu_q, cu_k)
+        rows, places, empty = tokens(q.shape[0], cu_q, cu_k, bounds[0])
         if self._needs_grad:
             q = q.masked_fill(empty[:, None, None], 0.0)
         found = self._launch(q, k, v, cu_q, cu_k, bounds, True)
@@ -116,8 +116,12 @@ def without_first_queries(cu_q: Tensor, cu_k: Tensor) -> tuple[Tensor, Tensor]:
     return both[0], both[1]
 
 
-def tokens(count: int, cu_q: Tensor, cu_k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each token its sequence, its place in it, and whether that has no key; nothing waits for the device."""
+def tokens(count: int, cu_q: Tensor, cu_k: Tensor, longest: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each token its sequence, its place in it, and whether it has no key, as none has that is of no sequence.
+
+    Nothing waits for the device.
+    """
     numbers = torch.arange(count, device=cu_q.device, dtype=cu_q.dtype)
-    rows = torch.searchsorted(cu_q[1:].contiguous(), numbers, right=True)
-    return rows, numbers - cu_q[rows], cu_k.diff()[rows] == 0
+    rows = sequences_of(numbers, cu_q)
+    empty = (cu_k.diff()[rows] == 0) | (numbers >= cu_q[-1])
+    return rows, (numbers - cu_q[rows]).clamp_max(longest - 1), empty

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import hal
-from hal_nvidia._flash import longest_query, nothing, window_of, without_keys
-from hal_ops.attention import AttentionRequest, PrefillAttention, Step, with_lengths
+from hal_nvidia._flash import longest_query, nothing, window_of, with_step, without_keys
+from hal_ops.attention import AttentionRequest, PrefillAttention, Step
 from hal_ops.attention.reference import check_tensors
 
 __all__ = ["prefill"]
@@ -40,7 +40,7 @@ class _Prefill:
         """The operator with the step's lengths, where a call can have nothing more."""
         cumulative, longest, causal, settings = step.cu_seqlens_q, step.max_q_len, self._causal, self._settings
         if self._request.return_lse or not longest:
-            return with_lengths(self, step)
+            return with_step(self, step)
         bound = max(longest, 2)  # see longest_query
         return lambda q, k, v: forward(
             q, k, v, cumulative, cumulative, bound, longest, 0.0, causal, False, **settings

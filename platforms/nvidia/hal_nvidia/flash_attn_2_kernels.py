@@ -1,14 +1,16 @@
 """What is declared about flash-attention 2 (distribution ``flash-attn``).
 
-Read from flash-attn 2.7.0 to 2.8.3.post2, ``csrc/flash_attn/flash_api.cpp`` and ``flash_attn/flash_attn_interface.py``:
+Read from flash-attn 2.7.0 to 2.8.3.post2, ``csrc/flash_attn/flash_api.cpp``, ``flash_attn/flash_attn_interface.py`` and
+``setup.py``:
 
 * float16 and bfloat16, cache and queries of one format; head dims up to 256, multiples of 8, equal.
 * paged caches have pages of a multiple of 256 tokens; strides are free, so both layouts do.
 * windows on both sides, softcap, ALiBi, any scale; no sinks. Causality is aligned to the last key.
 * a row without keys has the LSE +inf.
 * the forward pass gives the same bits again; the backward pass does if asked to (``deterministic``).
-* archs: cubins are built for 8.0, 9.0, 10.0 and 12.0 (``setup.py``, ``FLASH_ATTN_CUDA_ARCHS``), the last two with CUDA
-  12.8 and newer; each runs on later archs of its line.
+* archs: ``setup.py`` builds cubins without PTX, for 8.0, and with CUDA 11.8 for 9.0; since 2.7.3 with CUDA 12.8 for 10.0 and
+  12.0 too (``FLASH_ATTN_CUDA_ARCHS``). Each runs on later archs of its line. Before 2.7.3 ``flash_api.cpp`` refuses all
+  but 8.x and 9.0 besides (``is_sm90 || is_sm8x``).
 
 Band: on 8.x the fastest there is (A100: 225 TFLOP/s forward, the library's README); on 9.0 half as fast as
 flash-attention 3, and on 10.0 far behind 4: performant. Extend comes after flashinfer's, which is the same algorithm with
@@ -20,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import hal
 from hal import (
     Anything,
     Archs,
@@ -43,7 +46,8 @@ if TYPE_CHECKING:
 __all__ = ["KERNELS"]
 
 _ARCHS = Archs(only=("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121"))
-_BLACKWELL_CUDA = ">=12.8"
+_HOPPER_CUDA, _BLACKWELL_CUDA = ">=11.8", ">=12.8"
+_SINCE_BLACKWELL = ">=2.7.3"
 _FLASH_ATTN = Needs(
     "flash-attn",
     ">=2.7",
@@ -53,11 +57,18 @@ _FLASH_ATTN = Needs(
 
 
 def _built_for(request: Request, device: Device) -> Sequence[Reason]:
-    """Why no build with this CUDA has code for the device's arch."""
-    if device.arch.number < (10, 0) or device.runtime.satisfies(_BLACKWELL_CUDA) is not False:
-        return ()
-    text = f"code for {device.arch.name} is built with CUDA {_BLACKWELL_CUDA} only; this is {device.runtime}"
-    return (Reason("runtime_too_old", text, "runtime", str(device.runtime), _BLACKWELL_CUDA, "install a newer CUDA"),)
+    """Why no build of this version, or with this CUDA, has code for the device's arch."""
+    arch, found = device.arch, []
+    is_blackwell, version = arch.number >= (10, 0), hal.installed("flash-attn")
+    wanted = _BLACKWELL_CUDA if is_blackwell else _HOPPER_CUDA if arch.number >= (9, 0) else ""
+    if wanted and device.runtime.satisfies(wanted) is False:
+        text = f"code for {arch.name} is built with CUDA {wanted} only; this is {device.runtime}"
+        found.append(Reason("runtime_too_old", text, "runtime", str(device.runtime), wanted, "install a newer CUDA"))
+    if is_blackwell and version is not None and version.satisfies(_SINCE_BLACKWELL) is False:
+        text = f"code for {arch.name} needs flash-attn {_SINCE_BLACKWELL}; {version} is installed"
+        remedy = f"`pip install 'flash-attn{_SINCE_BLACKWELL}' --no-build-isolation`"
+        found.append(Reason("version_too_old", text, "library", str(version), _SINCE_BLACKWELL, remedy))
+    return found
 
 
 _COMMON: Mapping[str, Constraint] = {

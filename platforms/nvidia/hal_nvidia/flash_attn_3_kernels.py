@@ -4,7 +4,8 @@ Read from upstream's ``hopper/`` at 203b9b3d (2025-08-29), 701ebe05 and 0251105a
 3.0.0.post20260810:
 
 * archs: ``flash_api.cpp`` asks for 8.0 or newer and dispatches 10.x and 12.x to code for 9.0a, which cannot run there:
-  8.0 (unless left out of the build) and 9.0 alone. CUDA 12.3 is the least that it is built with.
+  8.0 (unless left out of the build) and 9.0 alone. CUDA 12.3 is the least that it is built with; what the wheel was
+  built with is in ``_flash_attn_3_build.py``.
 * float16 and bfloat16; e4m3 for q, k and v together alone, output bfloat16. Over an e4m3 cache that needs
   ``fp8_query``: the adapter makes such queries, with one scale a call.
 * head dims up to 256, multiples of 8 (of 16 in FP8); on 9.0 also 192 with 128, and up to 64 with up to 512.
@@ -43,7 +44,7 @@ from hal import (
     SameAs,
     Windows,
 )
-from hal_nvidia._flash_attn_3_build import DISTRIBUTIONS, UPSTREAM, Build, build
+from hal_nvidia._flash_attn_3_build import DISTRIBUTIONS, INSTALL, Build, build, candidate, unmet
 from hal_ops.attention import AttentionRequest
 
 if TYPE_CHECKING:
@@ -102,11 +103,10 @@ def _decode(request: Request, device: Device) -> Sequence[Reason]:
 
 
 def _reasons(request: Request, device: Device, phase: str) -> Iterator[Reason]:
-    found = build()
-    if found is None and device.arch.name != "sm_90":
-        found = UPSTREAM  # what may be installed here: the wheel is for sm_90 alone
+    found = build() or candidate(device)
     if found is None or not isinstance(request, AttentionRequest):
         return
+    yield from unmet(found, device)
     yield from _build_lacks(
         request, found, "flash_attn_varlen_func" if phase == "prefill" else "flash_attn_with_kvcache"
     )
@@ -216,7 +216,7 @@ def _kernel(phase: str, check: object, more: Mapping[str, Constraint], copies: M
             Needs(
                 "flash-attn-3",
                 distributions=DISTRIBUTIONS,
-                install="`pip install tokenspeed-fa3` (for sm_90), or build hopper/ of github.com/Dao-AILab/flash-attention",
+                install=INSTALL,
                 module="flash_attn_3._C",
             ),
         ),

@@ -11,12 +11,13 @@ Band: one pass over the cache by Hopper's tensor cores: specialized, by its auth
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from hal import Anything, Archs, Band, Constraint, Kernel, OneOf, Range, Reason, SameAs
 from hal_nvidia import flash_attn_3_kernels as attention
-from hal_nvidia._flash_attn_3_build import build
+from hal_nvidia._flash_attn_3_build import SOURCE, build, unmet
 from hal_ops.mla_attention import PHASES, MlaAttentionRequest
 
 if TYPE_CHECKING:
@@ -45,19 +46,20 @@ _FIELDS: dict[str, Constraint] = {
 
 
 def _extend(request: Request, device: Device) -> Sequence[Reason]:
-    return tuple(_reasons(request, None))
+    return tuple(_reasons(request, device, None))
 
 
 def _decode(request: Request, device: Device) -> Sequence[Reason]:
     assert isinstance(request, MlaAttentionRequest)
-    return tuple(_reasons(request, request.max_q_len * request.num_q_heads))
+    return tuple(_reasons(request, device, request.max_q_len * request.num_q_heads))
 
 
-def _reasons(request: Request, pairs: int | None) -> Iterator[Reason]:
+def _reasons(request: Request, device: Device, pairs: int | None) -> Iterator[Reason]:
     """``pairs``: most pairs of a query and a head in a row; None for any number."""
     assert isinstance(request, MlaAttentionRequest)
     found = build()
     if found is not None:
+        yield from unmet(found, device)
         for flag, words in _FLAGS.items():
             if flag in found.without:
                 yield Reason("check", f"{found.name} was built without {words}", "library")
@@ -69,6 +71,7 @@ def _reasons(request: Request, pairs: int | None) -> Iterator[Reason]:
         yield Reason("page_size", text, "page_size", str(size), f"no multiple of {_TILE}")
 
 
+_TORCH, _LIBRARY = attention.KERNELS[0].needs
 KERNELS = tuple(
     Kernel(
         name=f"fa3.mla_{phase}",
@@ -77,7 +80,7 @@ KERNELS = tuple(
         target=f"hal_nvidia._flash_attn_3_mla:{phase}",
         priority=Band.SPECIALIZED + 30,
         platforms={"nvidia": Archs(only=("sm_90",))},
-        needs=attention.KERNELS[0].needs,
+        needs=(_TORCH, dataclasses.replace(_LIBRARY, install=SOURCE)),
         runtime=">=12.3",
         fields=_FIELDS,
         check=_decode if phase == "decode" else _extend,

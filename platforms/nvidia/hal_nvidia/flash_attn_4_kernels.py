@@ -1,11 +1,15 @@
 """What is declared about flash-attn 4 (CuTe DSL, ``flash_attn.cute``): a declaration a family of archs.
 
-Read from the wheels of flash-attn-4 4.0.0b27, b31 and b36, ``flash_attn/cute/interface.py``. The kernels of sm_90 have run
-at their corners on an H200 with b36; the others are emulated, and their calls bound to the signatures.
+Read from the wheels of flash-attn-4 4.0.0b27, b31 and b36, ``flash_attn/cute/interface.py``, and of tokenspeed-fa4
+4.0.0.post20260815, post20260829 and post20260923, whose ``flash_attn`` folder is that of b27, file for file. The kernels of
+sm_90 have run at their corners on an H200 with b36; the others are emulated, and their calls bound to the signatures.
 
 * Versions: b22 asks for exactly nvidia-cutlass-dsl 4.6.0.dev0, b27 and later for 4.6.2 or newer: one pair of bounds.
-* No FP8: ``q_descale``, ``k_descale`` and ``v_descale`` are arguments of the private forward alone, and without scales
-  an FP8 cache means nothing.
+  tokenspeed-fa4 counts by dates: 4.0.0.post20260710 and those before it have older files, and 4.6.0 or older.
+* No FP8, in any of these. On sm_10x alone q, k and v may be e4m3 or e5m2, all alike, and the output is bfloat16; but
+  ``q_descale``, ``k_descale`` and ``v_descale`` are parameters of ``_flash_attn_fwd`` alone, and what the package exports
+  (``flash_attn/cute/__init__.py``) are ``flash_attn_func`` and ``flash_attn_varlen_func``, which call it without them.
+  Without scales an FP8 cache means nothing.
 * sm_8x and sm_12x have no paged keys, no sinks (``flash_fwd.py``: "not supported in this kernel") and no limit on head
   dims but shared memory: 128 is declared. sm_8x has no backward.
 * Blackwell has head dims 8 to 128, (192, 128) and 256; 256 went wrong there for a V that is a view (tokenspeed#445) and
@@ -28,14 +32,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+import hal
 from hal import Anything, Archs, Band, Constraint, Device, Kernel, Needs, OneOf, Pairs, Range, Reason, Windows
 from hal_ops.attention import AttentionRequest
 
-__all__ = ["KERNELS"]
+__all__ = ["DISTRIBUTIONS", "KERNELS"]
 
+DISTRIBUTIONS = ("flash-attn-4", "tokenspeed-fa4")
+_TOKENSPEED = ">=4.0.0.post20260815"
 _NEEDS = (
     Needs("torch", ">=2.6"),
-    Needs("flash-attn-4", ">=4.0.0b27", install="`pip install --pre 'torch-hal-nvidia[flash-attn-4]'`"),
+    Needs(
+        "flash-attn-4",
+        ">=4.0.0b27",
+        DISTRIBUTIONS,
+        install="`pip install --pre 'torch-hal-nvidia[flash-attn-4]'`",
+    ),
     Needs("nvidia-cutlass-dsl", ">=4.6.2", because="flash-attn-4 4.0.0b27 and later are written for it"),
 )
 _HOPPER = ("sm_90",)
@@ -62,15 +74,25 @@ def _fields(*pairs: tuple[int, int], more: Mapping[str, Constraint]) -> dict[str
     }
 
 
+def _new_enough(request: AttentionRequest, device: Device) -> Iterator[Reason]:
+    """Of the distribution that counts by dates."""
+    first, version = (hal.installed(name) for name in DISTRIBUTIONS)
+    if first is None and version is not None and version.satisfies(_TOKENSPEED) is False:
+        text = f"needs tokenspeed-fa4 {_TOKENSPEED}, which is flash-attn-4 4.0.0b27; {version} is installed"
+        remedy = f"`pip install 'tokenspeed-fa4{_TOKENSPEED}'`"
+        yield Reason("version_too_old", text, "library", str(version), _TOKENSPEED, remedy)
+
+
 def _fits(request: AttentionRequest, device: Device) -> Iterator[Reason]:
     """Pages on Hopper: no tile of 144 keys."""
+    yield from _new_enough(request, device)
     if 64 < request.head_dim <= 96 and not request.causal and request.window == (None, None):
         text = f"head_dim {request.head_dim} without a mask: pages are copied to tiles of 144 keys, past their end"
         yield Reason("head_dim", text, "head_dim", str(request.head_dim), "64")
 
 
 def _kernel(
-    name: str, archs: tuple[str, ...], priority: int, fields: Mapping[str, Constraint], check: object = None
+    name: str, archs: tuple[str, ...], priority: int, fields: Mapping[str, Constraint], check: object = _new_enough
 ) -> Kernel:
     phase = name.partition("_")[0]
     return Kernel(

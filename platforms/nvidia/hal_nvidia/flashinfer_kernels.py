@@ -2,8 +2,10 @@
 
 Read from flashinfer-python 0.5.3, 0.6.4, 0.6.7, 0.6.13, 0.6.15.post1, 0.6.18.post1 and 0.7.2.post1:
 
-* archs: ``fa2`` runs from sm_80 to sm_121; sm_100a needs nvcc 12.8, sm_103a and every sm_12x 12.9, sm_120 12.8 since
-  0.7.2 (``flashinfer/compilation_context.py``); ``fa3`` is built for sm_90a alone (``csrc/batch_prefill_sm90.cu``).
+* archs: ``fa2`` runs from sm_80 to sm_121. Code for sm_90 is compiled for sm_90a, which PTX 8.0 brought, of CUDA 12.0;
+  sm_100a needs nvcc 12.8, sm_103a and every sm_12x 12.9, sm_120 12.8 since 0.7.2 (``flashinfer/compilation_context.py``).
+  ``fa3`` is built for sm_90a alone (``csrc/batch_prefill_sm90.cu``), and is for CUDA 12.3 and newer: where backends are
+  its own choice it asks for that (``flashinfer/utils.py``, ``is_sm90a_supported``), where they are named it does not.
 * head dims: 64, 128, 256 (``DISPATCH_HEAD_DIM`` of ``include/flashinfer/utils.cuh``), and 192 with 128 where K and V do
   not share strides: the paged kernels of ``csrc/batch_prefill.cu`` and ``csrc/batch_decode.cu`` refuse that.
 * windows: ``window_left`` alone; there is no right bound.
@@ -38,16 +40,23 @@ if TYPE_CHECKING:
     from hal import Device
     from hal_ops import Request
 
-__all__ = ["BLACKWELL_CUDA", "FLASHINFER", "KERNELS", "toolkit", "versions_from"]
+__all__ = ["FLASHINFER", "KERNELS", "toolkit", "toolkit_of_fa3", "versions_from"]
 
 _FA2_ARCHS = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121")
 _PREFILL_COPIES = "dense q, k or v whose sequences do not follow each other in memory"
 _PADDED = "q, where a plan of fixed size is called with fewer tokens"
 _FP8_COPIES = {"kv_dtype": "q, multiplied by the k scale"}
 
-BLACKWELL_CUDA: Mapping[str, str] = {"sm_100": ">=12.8", "sm_103": ">=12.9", "sm_120": ">=12.9", "sm_121": ">=12.9"}
+_CUDA: Mapping[str, str] = {
+    "sm_90": ">=12.0",
+    "sm_100": ">=12.8",
+    "sm_103": ">=12.9",
+    "sm_120": ">=12.9",
+    "sm_121": ">=12.9",
+}
 """CUDA versions that flashinfer compiles for an arch with."""
 _SM120_WITH_12_8 = ">=0.7.2"
+_FA3_CUDA = ">=12.3"
 
 
 def versions_from(versions: str, because: str = "") -> Needs:
@@ -61,13 +70,24 @@ FLASHINFER = versions_from(">=0.5.3")
 
 def toolkit(request: Request, device: Device) -> Sequence[Reason]:
     """Why the CUDA version here cannot compile kernels for the device's arch: flashinfer compiles on first use."""
-    wanted = BLACKWELL_CUDA.get(device.arch.name)
+    wanted = _CUDA.get(device.arch.name, "")
     version = hal.installed("flashinfer-python")
     if device.arch.name == "sm_120" and version is not None and version.satisfies(_SM120_WITH_12_8):
         wanted = ">=12.8"
-    if wanted is None or device.runtime.satisfies(wanted) is not False:
+    return _compiled_with(device, wanted, device.arch.name)
+
+
+def toolkit_of_fa3(request: Request, device: Device) -> Sequence[Reason]:
+    """The same for kernels that take the backend fa3 on sm_90."""
+    if device.arch.name != "sm_90":
+        return toolkit(request, device)
+    return _compiled_with(device, _FA3_CUDA, "sm_90 with the backend fa3")
+
+
+def _compiled_with(device: Device, wanted: str, what: str) -> Sequence[Reason]:
+    if not wanted or device.runtime.satisfies(wanted) is not False:
         return ()
-    text = f"compiling for {device.arch.name} needs CUDA {wanted}; this is {device.runtime}"
+    text = f"compiling for {what} needs CUDA {wanted}; this is {device.runtime}"
     return (Reason("runtime_too_old", text, "runtime", str(device.runtime), wanted, "install a newer CUDA"),)
 
 
@@ -120,6 +140,8 @@ def _kernel(
     copies_with: Mapping[str, str] = MappingProxyType({}),
 ) -> Kernel:
     library, _, phase = name.partition(".")
+    # The sink wrapper's decode has the backend fa2 everywhere.
+    is_fa3 = library == "flashinfer_fa3" or name == "flashinfer_sink.extend"
     return Kernel(
         name=name,
         op="attention",
@@ -130,7 +152,7 @@ def _kernel(
         needs=(Needs("torch", ">=2.6"), FLASHINFER),
         capabilities=frozenset({"bf16"}),
         fields=fields,
-        check=toolkit,
+        check=toolkit_of_fa3 if is_fa3 else toolkit,
         copies=copies,
         copies_with=copies_with,
         evidence={"sm_90": "run", "*": "emulated"},

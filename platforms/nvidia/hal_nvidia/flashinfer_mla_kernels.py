@@ -3,7 +3,7 @@
 Read from flashinfer-python 0.5.3 to 0.6.18.post1 (``flashinfer/mla*``, ``include/flashinfer/attention/mla*.cuh``):
 
 * archs: fa2 wants 92672 bytes of shared memory a multiprocessor, and has tiles for that, for 147968 and for 221696
-  (``DISPATCH_SMEM_CONFIG``); fa3 is built for sm_90a alone.
+  (``DISPATCH_SMEM_CONFIG``); fa3 is built for sm_90a alone, for CUDA 12.3 and newer.
 * dims 512 and 64, of which its documentation speaks; float16 and bfloat16; any page size and strides, which are told
   for queries and caches apart. Slots past a row's length are read as zeros (``kFillZero``).
 * an e4m3 cache on sm_90 alone, with bfloat16 queries, which keep their precision: fa3 since 0.6.14, fa2 since 0.6.18.
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import hal
 from hal import Anything, Archs, Band, Constraint, Either, Kernel, Needs, OneOf, Pairs, Range, Reason, SameAs
-from hal_nvidia.flashinfer_kernels import toolkit, versions_from
+from hal_nvidia.flashinfer_kernels import toolkit, toolkit_of_fa3, versions_from
 from hal_ops import is_fp8
 from hal_ops.mla_attention import MlaAttentionRequest
 
@@ -54,7 +54,7 @@ def _fa2(request: Request, device: Device) -> Sequence[Reason]:
 
 
 def _fa3(request: Request, device: Device) -> Sequence[Reason]:
-    return (*toolkit(request, device), *_fp8(request, device, ">=0.6.14"))
+    return (*toolkit_of_fa3(request, device), *_fp8(request, device, ">=0.6.14"))
 
 
 def _fp8(request: Request, device: Device, versions: str) -> list[Reason]:

@@ -9,8 +9,10 @@ project, on an H200; the other adapters are emulated, and their calls bound to t
   with bfloat16 queries too (``bf16q_fp8kv_transform_mode``).
 * xqa (``xqa_batch_decode_with_kv_cache``): 9.x, 10.x and 12.x devices (``xqa.py``: ``not in [9, 10, 12]``), page sizes
   16 to 128, one query a row, no LSE. Over an e4m3 cache it computes in that format, which ``fp8_query`` permits. On 9.x
-  a head's rows of such a cache go by the copy engine in parts of 64 or 128 bytes; for other heads ``tensorMap.cpp`` throws
-  where nobody catches, and the process dies (0.6.13; seen on an H200 with heads of 32).
+  such a cache is read by a kernel of its own (``mha_sm90.cu``), which copies whole pages and multiplies the values in slots
+  past a row's end by 0: NaN there reaches the output (0.6.13; on an H200 of rows of 1 to 33 keys only those that fill their
+  pages were right, with heads of 64, 128 and 256). Of heads whose rows it cannot cut into 64 or 128 bytes
+  ``tensorMap.cpp`` throws. It is not declared there; on the others ``mha.cu`` reads FP8 too.
 * fmha_v2 (``trtllm_fmha_v2_prefill``): on sm_12x causal or full masks, no window before 0.7 and no softcap for separate
   Q, K, V; its statistics are a maximum and a sum, for other layouts. Its paged layouts take K and V in one tensor,
   which two cache tensors are not.
@@ -105,7 +107,6 @@ _XQA: dict[str, Constraint] = {
     "kv_dtype": Either(SameAs("dtype"), Pairs("fp8_query", (True, _FP8))),
     "fp8_query": OneOf(False, True),
 }
-_XQA_FP8_HEADS = (64, 128, 256)
 _FMHA: dict[str, Constraint] = {"causal": OneOf(True, False), "sinks": OneOf(False, True), "graph": OneOf(False, True)}
 
 
@@ -128,10 +129,9 @@ def _xqa(request: Request, device: Device) -> Sequence[Reason]:
     found = list(toolkit(request, device))
     if not isinstance(request, AttentionRequest) or request.kv_dtype != _FP8:
         return found
-    if device.arch.name == "sm_90" and request.head_dim not in _XQA_FP8_HEADS:
-        dims = ", ".join(map(str, _XQA_FP8_HEADS))
-        text = f"head_dim {request.head_dim} with an FP8 cache on sm_90: the process would end; needs one of {dims}"
-        found.append(Reason("head_dim", text, "head_dim", str(request.head_dim), "64"))
+    if device.arch.name == "sm_90":
+        text = f"kv_dtype {_FP8} on sm_90; needs a 16-bit cache, where NaN in unused slots changes nothing"
+        found.append(Reason("dtype", text, "kv_dtype", _FP8, request.dtype))
     return found
 
 

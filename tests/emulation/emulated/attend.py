@@ -11,7 +11,7 @@ from torch import Tensor
 from hal_ops.attention import AttentionRequest
 from hal_ops.attention.reference import attend as oracle
 
-__all__ = ["attend", "attend_rows", "paged_rows"]
+__all__ = ["attend", "attend_rows", "fresh_rows", "paged_rows", "with_garbage"]
 
 
 @functools.lru_cache(maxsize=256)
@@ -57,6 +57,21 @@ def attend_rows(
     heads = like.shape[-2]
     out = torch.cat([torch.zeros(0, heads, v_dim), *(out for out, _ in pairs)])
     return out, torch.cat([torch.zeros(0, heads), *(lse for _, lse in pairs)])
+
+
+def fresh_rows(
+    q: Tensor, k: Tensor, v: Tensor, q_lens: Sequence[int], kv_lens: Sequence[int]
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Each sequence's own part; tokens behind the last sequence are nobody's."""
+    three = ((q, q_lens), (k, kv_lens), (v, kv_lens))
+    return list(zip(*(x[: sum(lens)].split(list(lens)) for x, lens in three), strict=True))
+
+
+def with_garbage(out: Tensor, lse: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """``[tokens, ...]``: what belongs to no sequence is left as it was allocated, NaN here."""
+    rest = tokens - out.shape[0]
+    filler = out.new_full((rest, *out.shape[1:]), torch.nan), lse.new_full((rest, lse.shape[1]), torch.nan)
+    return torch.cat([out, filler[0]]), torch.cat([lse, filler[1]])
 
 
 def paged_rows(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emulated.attend import attend_rows, paged_rows
+from emulated.attend import attend_rows, fresh_rows, paged_rows, with_garbage
 
 __all__ = ["FUNCTIONS", "flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache", "require"]
 
@@ -65,12 +65,12 @@ def flash_attn_varlen_func(
     _check_lengths(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window_size, alibi_slopes)
     q_lens, kv_lens = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
     if block_table is None:
-        rows = list(zip(q.split(q_lens), k.split(kv_lens), v.split(kv_lens), strict=True))
+        rows = fresh_rows(q, k, v, q_lens, kv_lens)
     else:
         _check_pages(k, block_table, len(q_lens))
-        rows = paged_rows(q.split(q_lens), k, v, block_table, kv_lens)
+        rows = paged_rows(q[: sum(q_lens)].split(q_lens), k, v, block_table, kv_lens)
     settings = _settings(softmax_scale, causal, window_size, softcap, alibi_slopes)
-    out, lse = _finish(*attend_rows(rows, q, v.shape[-1], **settings), q)
+    out, lse = with_garbage(*_finish(*attend_rows(rows, q, v.shape[-1], **settings), q), q.shape[0])
     return (out, lse.t(), None) if return_attn_probs else out
 
 
@@ -81,7 +81,7 @@ def _check_lengths(
         require(cu.dtype == torch.int32 and cu.is_contiguous(), "cu_seqlens must have dtype int32 and be contiguous")
     rows = cu_q.shape[0] - 1
     require(rows > 0, "batch size must be positive")
-    require(int(cu_q[-1]) == q.shape[0], "cu_seqlens_q must end at the number of tokens")
+    require(int(cu_q[-1]) <= q.shape[0], "cu_seqlens_q must not end behind the last token")
     require(int(cu_q.diff().max()) <= longest_q, "rows longer than max_seqlen_q are left uncomputed")
     require(int(cu_k.diff().max()) <= longest_k, "rows longer than max_seqlen_k are left uncomputed")
     swapped = longest_q == 1 and q.shape[1] > k.shape[-2] and tuple(window) == (-1, -1) and slopes is None

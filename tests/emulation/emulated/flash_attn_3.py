@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emulated.attend import attend_rows, paged_rows
+from emulated.attend import attend_rows, fresh_rows, paged_rows, with_garbage
 from emulated.flash_attn_2 import require
 
 __all__ = ["FUNCTIONS", "WITH_SINKS", "metadata_size", "tile_of"]
@@ -121,9 +121,9 @@ def flash_attn_varlen_func(
     q_lens, kv_lens = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
     require(max(q_lens) <= max_seqlen_q, "rows longer than max_seqlen_q are left uncomputed")
     require(max(kv_lens) <= max_seqlen_k, "rows longer than max_seqlen_k are left uncomputed")
-    rows = list(zip(q.split(q_lens), k.split(kv_lens), v.split(kv_lens), strict=True))
-    rows = _scaled(rows, (q_descale, k_descale, v_descale), q, k)
+    rows = _scaled(fresh_rows(q, k, v, q_lens, kv_lens), (q_descale, k_descale, v_descale), q, k)
     out, lse = attend_rows(rows, q, v.shape[-1], **_settings(softmax_scale, causal, window_size, softcap, sinks))
+    out, lse = with_garbage(out, lse, q.shape[0])
     out = out.to(_out_dtype(q))
     return (out, lse.detach().t()) if return_attn_probs else out
 
@@ -156,7 +156,7 @@ def flash_attn_with_kvcache(
     out, lse = attend_rows(rows, q, v_cache.shape[-1], **settings)
     masks = _masks(causal, window_size, max_seqlen_q, width, q.shape[-1], True)
     _leak(out, lens, v_cache, page_table, cache_seqlens.tolist(), q, max_seqlen_q, masks)
-    out, lse = _with_garbage(out, lse, q.shape[0])
+    out, lse = with_garbage(out, lse, q.shape[0])
     out = out.to(_out_dtype(q))
     return (out, lse.t(), torch.empty(0), torch.empty(0)) if return_softmax_lse else out
 
@@ -223,13 +223,6 @@ def _leak(
             rest = page[at : at + keys - past]
             out[start : start + q_len] += (rest.repeat_interleave(q.shape[1] // rest.shape[1], 1) * 0).sum(0)
         start += q_len
-
-
-def _with_garbage(out: Tensor, lse: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """Rows of the output that belong to no sequence are left as they were allocated."""
-    rest = tokens - out.shape[0]
-    filler = torch.full((rest, *out.shape[1:]), torch.nan), torch.full((rest, lse.shape[1]), torch.nan)
-    return torch.cat([out, filler[0]]), torch.cat([lse, filler[1]])
 
 
 WITH_SINKS: dict[str, Callable[..., Any]] = {

@@ -17,23 +17,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emulated.attend import attend_rows, paged_rows
+from emulated.attend import attend_rows, fresh_rows, paged_rows, with_garbage
 from emulated.named import by_name
-from emulated.signatures import functions, signature
+from emulated.signatures import functions, signature, versions
+from hal_nvidia.flash_attn_4_kernels import DISTRIBUTIONS
 
-__all__ = ["LIBRARY", "emulations"]
+__all__ = ["LIBRARY", "VERSIONS", "distribution", "emulations"]
 
 LIBRARY = "flash-attn-4"
+VERSIONS = tuple(v for d in DISTRIBUTIONS for v in versions(d))
+"""Those of both distributions, whose numbers differ: one counts by dates."""
 _OVERFLOWS = 88.7
 """How far a sink may lie above a row's scores."""
+
+
+def distribution(version: str) -> str:
+    """The one that has the version."""
+    return next(d for d in DISTRIBUTIONS if version in versions(d))
 
 
 def emulations(version: str, arch: str) -> dict[str, Callable[..., Any]]:
     """Name to function, as a version behaves on an arch."""
     cute = _Cute(int(arch.removeprefix("sm_")) // 10)
     known = {"flash_attn_func": cute.dense, "flash_attn_varlen_func": cute.ragged}
-    kept = {name.partition(":")[2] for name in functions(LIBRARY, version)}
-    return {name: by_name(core, signature(LIBRARY, version, name)) for name, core in known.items() if name in kept}
+    held = distribution(version)
+    kept = {name.partition(":")[2] for name in functions(held, version)}
+    return {name: by_name(core, signature(held, version, name)) for name, core in known.items() if name in kept}
 
 
 class _Cute:
@@ -68,7 +77,7 @@ class _Cute:
         if page_table is None:
             assert cu_seqlens_k is not None
             kv_lens = cu_seqlens_k.diff().tolist()
-            rows = list(zip(q.split(q_lens), k.split(kv_lens), v.split(kv_lens), strict=True))
+            rows = fresh_rows(q, k, v, q_lens, kv_lens)
         else:
             assert cu_seqlens_k is None, "page_table is not supported with cu_seqlens_k"
             masked = causal or window_size != (None, None)
@@ -76,10 +85,7 @@ class _Cute:
         assert max_seqlen_k is not None
         assert max(kv_lens) <= max_seqlen_k
         out, lse = self._attend(rows, q, v, softmax_scale, causal, window_size, softcap, learnable_sink)
-        extra = q.shape[0] - out.shape[0]
-        if extra:
-            out = torch.cat([out, torch.full((extra, *out.shape[1:]), math.nan)])
-            lse = torch.cat([lse, torch.full((extra, lse.shape[1]), math.nan)])
+        out, lse = with_garbage(out, lse, q.shape[0])
         return out.to(q.dtype), lse.t() if return_lse else None
 
     def _pages(

@@ -4,7 +4,8 @@ Read from flashinfer-python 0.6.13 (0.7.2 for cuDNN) and, where a test on an H20
 
 * metadata is fixed by ``plan``; ``run`` takes what ``plan`` was told, and has no word on masks, scale or softcap;
 * the LSE is in base 2; masked logits are -5e4 until 0.7.2, which a row without keys shows: fa2 gives out 0 and an LSE
-  near -5e4, fa3 the mean of what its tile holds and an LSE near -5e4 times the scale;
+  near -5e4, fa3 the mean of what its tile holds and an LSE near -5e4 times the scale, or times the softcap; where a
+  sequence has no keys at all, both give out 0 and -5e4, and fa3 does so even with sinks;
 * ``run(sinks=...)`` of the plain wrappers is accepted and ignored; the sink wrapper takes sinks and scale by position;
 * a row's pages are ``indices[indptr[row]:indptr[row + 1]]``; the tables may lie on the host, and here they must;
 * in graph mode tables are copied into buffers of fixed size, and ``run`` reads those;

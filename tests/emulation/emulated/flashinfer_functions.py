@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from emulated.attend import attend
+from emulated.attend import attend, fresh_rows, with_garbage
 
 __all__ = ["FUNCTIONS", "Masks", "attention"]
 
@@ -44,8 +44,10 @@ def attention(
     )
     lse = lse * LOG2_E
     empty = lse == -math.inf
+    if backend == "fa3" and not k.shape[0]:
+        empty = torch.ones_like(empty)  # no tile, to which sinks would be added
     if backend == "fa3" and k.shape[0] and masked > -math.inf:
-        lse[empty] = masked * masks.scale * LOG2_E + math.log2(k.shape[0])
+        lse[empty] = masked * (masks.softcap or masks.scale) * LOG2_E + math.log2(k.shape[0])
         out = torch.where(empty.unsqueeze(-1), v.float().mean(0).repeat_interleave(q.shape[1] // v.shape[1], 0), out)
     elif backend:
         lse[empty] = masked
@@ -66,7 +68,8 @@ def _by_table(
         k, v = (c[pages].flatten(0, 1)[:length].to(q.dtype) for c in caches)
         pairs.append(attention(q[start : start + q_len], k, v, masks, sinks))
         start += q_len
-    return torch.cat([out for out, _ in pairs]), torch.cat([lse for _, lse in pairs])
+    out, lse = torch.cat([out for out, _ in pairs]), torch.cat([lse for _, lse in pairs])
+    return with_garbage(out, lse, q.shape[0])
 
 
 def _zeroed(buffer: Tensor) -> None:
@@ -233,13 +236,13 @@ def trtllm_fmha_v2_prefill(
     assert batch_size == len(q_lens)
     q, k, v = qkv
     masks = Masks({"causal": True, "padding": False}[mask_mode], -1, 0.0, float(bmm1_scale))
-    rows = zip(q.split(q_lens), k.split(kv_lens), v.split(kv_lens), strict=True)
     outs = []
-    for row in rows:
+    for row in fresh_rows(q, k, v, q_lens, kv_lens):
         out, lse = attention(*row, masks, sinks)
         out[lse == -math.inf] = 7.0  # what a kernel leaves there is anybody's guess
         outs.append(out)
-    return torch.cat(outs) * bmm2_scale
+    found = torch.cat(outs) * bmm2_scale
+    return with_garbage(found, found[..., 0], q.shape[0])[0].to(q.dtype)
 
 
 def rmsnorm(input: Tensor, weight: Tensor, eps: float = 1e-6, out: Tensor | None = None) -> Tensor:  # noqa: A002

@@ -64,9 +64,10 @@ class Mla:
         self._causal, self._scale = causal, sm_scale
 
     def run(
-        self, q_nope: Tensor, q_pe: Tensor, ckv_cache: Tensor, kpe_cache: Tensor, out: Tensor, return_lse: bool = False,
-        ckv_scale: float | None = None, kpe_scale: float | None = None,
+        self, q_nope: Tensor, q_pe: Tensor, ckv_cache: Tensor, kpe_cache: Tensor, out: Tensor | None = None,
+        return_lse: bool = False, ckv_scale: float | None = None, kpe_scale: float | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+        out = torch.empty_like(q_nope) if out is None else out
         assert (q_nope.dtype, ckv_cache.dtype) == (q_pe.dtype, kpe_cache.dtype) == self._types
         fp8 = ckv_cache.itemsize == 1
         assert [type(scale) is float for scale in (ckv_scale, kpe_scale)] == [fp8, fp8], "numbers, for FP8 alone"

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emulated.attend import attend
+from emulated.attend import attend, fresh_rows, with_garbage
 
 __all__ = ["FUNCTIONS", "current_device", "on_device"]
 
@@ -82,7 +82,8 @@ def flash_attn_varlen_func(
     if cu_seqlens_q is None:
         found, lse = torch.stack(outs).to(q.dtype), torch.stack(lses).transpose(1, 2).contiguous()
     else:
-        found, lse = torch.cat(outs).to(q.dtype), torch.cat(lses).t().contiguous()
+        found, lse = with_garbage(torch.cat(outs), torch.cat(lses), q.shape[0])
+        found, lse = found.to(q.dtype), lse.t().contiguous()
     return (found, lse) if return_softmax_lse else found
 
 
@@ -160,7 +161,7 @@ def _dense(q: Tensor, k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor, Tensor
 def _ragged(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
     assert cu_q.dtype == cu_k.dtype == torch.int32
     q_lens, k_lens = cu_q.diff().tolist(), cu_k.diff().tolist()
-    return list(zip(q.split(q_lens), k.split(k_lens), v.split(k_lens), strict=True))
+    return fresh_rows(q, k, v, q_lens, k_lens)
 
 
 def _resolve_mask(longest: int, keys: int, causal: bool, window: tuple[int, int]) -> tuple[int | None, int | None]:

@@ -88,8 +88,9 @@ def running_on(arch: str, name: str, version: str = "") -> Iterator[Installed | 
     version = version or signatures.versions(module.LIBRARY)[-1]
     beside = {"torch": "2.13.0", "nvidia-cutlass-dsl": "4.8.1", "nvidia-cudnn-frontend": "1.32"}
     functions = module.emulations(version, arch)
+    distribution = flash_attn_4.distribution(version) if name == "fa4" else module.LIBRARY
     with (
-        hal.simulate(libraries={**beside, module.LIBRARY: version}),
-        library.installed(module.LIBRARY, version, functions) as held,
+        hal.simulate(libraries={**beside, distribution: version}),
+        library.installed(distribution, version, functions) as held,
     ):
         yield held

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from emulated.attend import attend
+from emulated.attend import attend, fresh_rows, with_garbage
 from emulated.flash_attn_2 import flash_attn_func, flash_attn_varlen_func, require
 from hal_ops.attention import masks
 
@@ -80,7 +80,10 @@ def _efficient(
             out.masked_fill_(empty[..., None], torch.nan)
         if wants_lse:
             lse[row, :, : own.shape[0]] = own.masked_fill(empty, 0.0).t()
-    outs = torch.cat([out for out, _ in found]).view(*q.shape[:3], v.shape[3]).to(q.dtype)
+    outs = torch.cat([out for out, _ in found])
+    if cu_q is not None:
+        outs = with_garbage(outs, outs[..., 0], q.shape[1])[0]
+    outs = outs.view(*q.shape[:3], v.shape[3]).to(q.dtype)
     return outs, lse, _SEED, _SEED, longest, k.shape[1] if max_k is None else max_k
 
 
@@ -137,7 +140,7 @@ def _rows(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | N
         return list(zip(q, k, v, strict=True))
     lens = cu_q.diff().tolist(), cu_k.diff().tolist()
     three = (x[0] if x.dim() == 4 else x for x in (q, k, v))
-    return list(zip(*(x.split(n) for x, n in zip(three, (lens[0], lens[1], lens[1]), strict=True)), strict=True))
+    return list(fresh_rows(*three, *lens))
 
 
 def _gradients(

@@ -14,6 +14,7 @@ import emulated.mate
 import emulated.signatures
 import pytest
 import torch
+from emulated.replay import replays
 
 import hal
 from hal import _bind
@@ -316,3 +317,14 @@ def test_no_rows_and_no_tokens(device: Device) -> None:
     assert not library.calls
     assert (out == 0).all()
     assert torch.equal(lse, sinks.expand(1, 3, 4))
+
+
+@pytest.mark.parametrize("phase", ["extend", "decode"])
+def test_a_graph_captured_with_short_rows_serves_longer_ones(phase: str, device: Device) -> None:
+    # requirement E3, E12, P37
+    longer = [([30, 1], [60, 5]), ([1, 0, 39], [3, 0, 100])] if phase == "extend" else [([4, 4], [60, 100])]
+    wanted = request(phases=(phase,), max_q_len=4)
+    with mate():
+        steps = [([2, 2], [2, 9]), *longer]
+        for out, right in replays(lambda r: built(f"mate.{phase}", r, device()), wanted, steps):
+            torch.testing.assert_close(out, right, atol=2e-2, rtol=2e-2)

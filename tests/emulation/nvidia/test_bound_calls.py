@@ -10,11 +10,13 @@ from emulated import hardware, nvidia
 from emulated.library import Installed
 
 from hal._attention import for_step
-from hal._plan import make_step
+from hal._eligibility import _fields
+from hal._plan import Buffers, make_step
+from hal_nvidia import _flashinfer_pool as pool
 from hal_ops.attention import AttentionRequest
 
 BASE: dict[str, Any] = {"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 64, "dtype": "float16", "phases": ("prefill",)}
-KERNELS = ("fa2", "fa3", "fa4", "sdpa_flash", "sdpa_efficient", "sdpa_cudnn")
+KERNELS = ("fa2", "fa3", "fa4", "sdpa_flash", "sdpa_efficient", "sdpa_cudnn", "flashinfer_fa2", "flashinfer_fa3")
 
 
 def built(library: str, **fields: Any) -> Any:
@@ -59,6 +61,52 @@ def test_the_call_of_a_step_gives_the_same(library: str, return_lse: bool, lens:
         plain = prefill(q, k, v, **cumulative, **bounds, **extras)
         bound = for_step(prefill, step)(q, k, v, **extras)
         torch.testing.assert_close(bound, plain, atol=1e-3, rtol=1e-3)
+
+
+def test_a_bound_call_of_flashinfer_follows_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:  # requirement C3, P36
+    """Its plan's buffers are one stream's."""
+    with nvidia.running_on("sm_90", "flashinfer_fa2"):
+        prefill, three = built("flashinfer_fa2"), tensors("flashinfer_fa2", 2, 5)
+        used: list[int] = []
+        plain = prefill._planned
+
+        def planned(*lengths: Any) -> Any:
+            used.append(pool.stream_of(torch.device("cpu")))
+            return plain(*lengths)
+
+        monkeypatch.setattr(prefill, "_planned", planned)
+        bound = prefill.for_dense(*three)
+        first = bound(*three)
+        for stream in (7, 7, 0, 7):
+            monkeypatch.setattr(pool, "stream_of", lambda _, stream=stream: stream)
+            torch.testing.assert_close(bound(*three), first, atol=0, rtol=0)
+        assert used == [0, 7], "a plan a stream, and no more"
+
+
+@pytest.mark.parametrize(("arch", "library"), [("sm_90", name) for name in KERNELS] + [("sm_120", "fmha_v2")])
+@pytest.mark.parametrize("fields", [{}, {"return_lse": True}, {"head_dim": 256, "causal": False}], ids=str)
+def test_the_call_of_a_step_in_a_plan_with_room_for_more_gives_the_same(
+    arch: str, library: str, fields: dict[str, Any]
+) -> None:  # requirement E12, P37
+    """q, k and v are as long as the plan's buffers, and longer than their rows: what is behind them is nobody's."""
+    kernel = hardware.kernel_named(f"{library}.prefill")
+    heads = 4 if library == "sdpa_efficient" else 2
+    request = AttentionRequest(**{**BASE, "num_kv_heads": heads, **fields})
+    device = hardware.device_of(arch)
+    if any(_fields(kernel, request)) or (kernel.check and list(kernel.check(request, device))):
+        pytest.skip("not declared")
+    with nvidia.running_on(arch, library):
+        prefill = hardware.build(kernel, request, arch)
+        buffers = Buffers(4, 40, 3, torch.device("cpu"))
+        q, k, v = (torch.randn(40, n, request.head_dim).half() for n in (4, heads, heads))
+        extras = {"return_lse": True} if request.return_lse else {}
+        for lens in ([30, 2], [1, 0, 1], [1, 1, 1, 1], [3, 0, 0, 7]):
+            step = make_step(lens, lens, torch.zeros(len(lens), 3, dtype=torch.int32), 16, torch.device("cpu"))
+            found = for_step(prefill, buffers.fill(step))(q, k, v, **extras)
+            right = for_step(prefill, step)(*(x[: sum(lens)] for x in (q, k, v)), **extras)
+            for mine, wanted in zip(found, right, strict=True) if extras else ((found, right),):
+                assert mine.shape[0] == 40
+                torch.testing.assert_close(mine[: sum(lens)], wanted, atol=1e-3, rtol=1e-3)
 
 
 def test_nothing_stands_before_flash_attention_3() -> None:  # requirement X1

@@ -59,11 +59,15 @@ def test_what_no_build_for_the_arch_has_is_not_promised() -> None:  # requiremen
     assert (
         found["feature_unsupported"] == "sinks: flash_attn_varlen_func of upstream's flash-attention 3 takes no sinks"
     )
-    assert set(reasons("fa3.prefill", {}, sinks=True)) == {"not_installed"}
+    wheel = "nvidia:sm_90,cuda=13.0"
+    assert set(reasons("fa3.prefill", {}, wheel, sinks=True)) == {"not_installed"}
+    for device, torch in (("nvidia:sm_90,cuda=12.8", "2.13.0"), (wheel, "2.8.0")):
+        found = reasons("fa3.prefill", {"torch": torch}, device, sinks=True)
+        assert set(found) == {"not_installed", "feature_unsupported"}
 
 
 def test_a_build_without_code_for_the_arch_is_refused() -> None:  # requirement P44
-    found = reasons("fa3.prefill", TOKENSPEED, "nvidia:sm_80,cuda=12.8")
+    found = reasons("fa3.prefill", TOKENSPEED, "nvidia:sm_80,cuda=13.0")
     assert found == {"build_lacks_arch": "the installed build is for sm_90, not for sm_80"}
     assert reasons("fa3.prefill", FA3, "nvidia:sm_80,cuda=12.8") == {}
 
@@ -84,7 +88,8 @@ def test_a_build_without_code_for_the_arch_is_refused() -> None:  # requirement 
 )  # fmt: skip
 def test_variants_are_told_apart(fields: dict[str, Any], upstream: str, wheel: str) -> None:  # requirement D11, P22
     for libraries, text in ((FA3, upstream), (TOKENSPEED, wheel)):
-        assert list(reasons("fa3.prefill", libraries, **fields).values()) == ([text] if text else [])
+        found = reasons("fa3.prefill", libraries, "nvidia:sm_90,cuda=13.0", **fields)
+        assert list(found.values()) == ([text] if text else [])
 
 
 def test_an_fp8_cache_needs_the_permission_for_fp8_queries() -> None:  # requirement B7, P26

@@ -40,9 +40,10 @@ def running(name: str, arch: str, version: str = "") -> Iterator[Installed]:
     """The kernel's library, in the newest kept version unless told otherwise."""
     module = flash_attn_4 if name.startswith("fa4") else flashinfer
     version = version or signatures.versions(module.LIBRARY)[-1]
-    versions = {module.LIBRARY: version, "torch": "2.13.0", "nvidia-cutlass-dsl": "4.8.1"}
+    distribution = flash_attn_4.distribution(version) if module is flash_attn_4 else module.LIBRARY
+    versions = {distribution: version, "torch": "2.13.0", "nvidia-cutlass-dsl": "4.8.1"}
     functions = module.emulations(version, arch)
-    with hal.simulate(libraries=versions), library.installed(module.LIBRARY, version, functions) as held:
+    with hal.simulate(libraries=versions), library.installed(distribution, version, functions) as held:
         yield held
 
 
@@ -76,7 +77,8 @@ def supported() -> list[Any]:
     for name, kernel in KERNELS.items():
         dist = "flash-attn-4" if name.startswith("fa4") else "flashinfer-python"
         needs = next(n for n in kernel.needs if n.library == dist)
-        fits = [v for v in signatures.versions(dist) if hal.Version.parse(v).satisfies(needs.versions)]
+        kept = [v for d in needs.names() for v in signatures.versions(d)]
+        fits = [v for v in kept if hal.Version.parse(v).satisfies(needs.versions)]
         found += [(name, version) for version in fits]
     return found
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from emulated import hardware, nvidia, signatures
+from emulated import flash_attn_4, hardware, nvidia
 
 import hal
 import hal_nvidia
@@ -71,7 +71,7 @@ def test_flash_attention_3_gives_four_values_with_the_lse() -> None:  # requirem
     assert found["lse"].shape == found["out"].shape[:2]
 
 
-@pytest.mark.parametrize("version", signatures.versions("flash-attn-4"))
+@pytest.mark.parametrize("version", flash_attn_4.VERSIONS)
 @pytest.mark.parametrize(("window", "told"), [(None, (None, None)), (16, (15, 0)), ((None, 3), (None, None))])
 def test_flash_attention_4_is_told_none_and_everything_by_name(version: str, window: Any, told: Any) -> None:
     # requirement E8, C11, A4

@@ -97,7 +97,18 @@ def test_what_is_refused() -> None:
     assert reasons(hopper, FA3) == []
     assert reasons("nvidia:sm_80,cuda=12.8", FA3) == ["needs sm_90; this is sm_80"]
     wheel = {"torch": "2.13.0", "tokenspeed-fa3": "3.0.0.post20260810"}
-    assert reasons(hopper, wheel) == ["tokenspeed-fa3 3.0.0.post20260810 was built without unequal head dims"]
+    text = "tokenspeed-fa3 3.0.0.post20260810 was built without unequal head dims"
+    assert reasons("nvidia:sm_90,cuda=13.0", wheel) == [text]
+    assert text in reasons(hopper, wheel)
+    assert any("libcudart.so.13" in found for found in reasons(hopper, wheel))
+    with hal.simulate(hopper, libraries={"torch": "2.13.0"}):
+        (absent,) = next(
+            c.reasons
+            for c in hal.select(request_of()).choices["decode"].candidates
+            if c.kernel.name == "fa3.mla_decode"
+        )
+    assert absent.code == "not_installed"
+    assert "tokenspeed" not in absent.remedy, "its wheel would not do"
     text = "page_size 64; needs no multiple of 64, where NaN in unused slots changes nothing"
     assert reasons(hopper, FA3, page_size=64, num_q_heads=128) == [text]
     assert reasons(hopper, FA3, page_size=64, num_q_heads=64) == []
@@ -224,6 +235,15 @@ def test_a_step_that_flashinfers_plan_has_no_room_for_is_an_error() -> None:
         step.q_lens = (1,) * 9000
         with pytest.raises(ValueError, match="16384"):
             made.plan(step)
+
+
+@pytest.mark.parametrize(("cuda", "fa3", "fa2"), [("11.8", False, False), ("12.2", False, True), ("12.3", True, True)])
+def test_flashinfers_fa3_is_for_cuda_12_3_and_newer(cuda: str, fa3: bool, fa2: bool) -> None:  # requirement P25, E1
+    with hal.simulate(f"nvidia:sm_90,cuda={cuda}", libraries={"torch": "2.13.0", flashinfer.LIBRARY: "0.6.13"}):
+        candidates = hal.select(request_of()).choices["decode"].candidates
+    for name, fits in (("flashinfer_fa3.mla_decode", fa3), ("flashinfer_fa2.mla_decode", fa2)):
+        codes = [r.code for c in candidates if c.kernel.name == name for r in c.reasons]
+        assert codes == ([] if fits else ["runtime_too_old"])
 
 
 def test_flashinfer_of_0_7_is_refused() -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from emulated.aiter_pa import installed
 from emulated.amd import KERNELS, built, check_corners, device_of, values
+from emulated.replay import replays
 from torch import Tensor
 
 import hal
@@ -290,3 +291,10 @@ def test_a_sequence_through_every_phase_of_a_handle() -> None:
     assert len(library.called("paged_attention_rocm")) == 3
     assert len(library.called("reshape_and_cache")) == 5
     torch.testing.assert_close(torch.cat(outs), right[0], atol=2e-2, rtol=2e-2)
+
+
+def test_a_graph_captured_with_short_rows_serves_longer_ones() -> None:  # requirement E3, E12, P37
+    with installed():
+        steps = [([1, 1], [2, 9]), ([1, 1, 1], [100, 3, 128]), ([1], [60])]
+        for out, right in replays(lambda r: built(NAME, r), request(), steps):
+            torch.testing.assert_close(out, right, atol=2e-2, rtol=2e-2)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from emulated.aiter import installed
 from emulated.amd import KERNELS, built, values
+from emulated.replay import replays
 
 from hal_ops.attention import AttentionRequest
 from hal_ops.attention.cases import make_case
@@ -180,3 +181,11 @@ def test_planning_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         for implementation in made.values():
             implementation.plan(case.args[3])
         monkeypatch.undo()
+
+
+def test_a_graph_captured_with_short_rows_serves_longer_ones() -> None:  # requirement E3, E12, P37
+    wanted = request(phases=("decode",))
+    with installed():
+        steps = [([1, 1], [2, 9]), ([1, 1, 1], [100, 3, 128]), ([1], [60])]
+        for out, right in replays(lambda r: built("aiter.decode", r), wanted, steps):
+            torch.testing.assert_close(out, right, atol=2e-2, rtol=2e-2)

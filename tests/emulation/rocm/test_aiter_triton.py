@@ -12,6 +12,7 @@ import emulated.signatures
 import pytest
 import torch
 from emulated.amd import KERNELS, built, check_corners, device_of, values
+from emulated.replay import replays
 
 import hal
 from hal.testing import check
@@ -180,3 +181,14 @@ def test_no_rows() -> None:
         out = case.call(built("aiter_triton.extend", request()))["out"]
     assert out.shape == (0, 4, 64)
     assert not library.calls
+
+
+@pytest.mark.parametrize("phase", ["extend", "decode"])
+def test_a_graph_captured_with_short_rows_serves_longer_ones(phase: str) -> None:  # requirement E3, E12, P37
+    longer = [([30, 1], [60, 5]), ([1, 0, 39], [3, 0, 900])] if phase == "extend" else [([4, 4], [60, 800])]
+    wanted = request(phases=(phase,), max_q_len=4)
+    with aiter_triton():
+        found = list(replays(lambda r: built(f"aiter_triton.{phase}", r), wanted, [([2, 2], [2, 9]), *longer]))
+    assert found
+    for out, right in found:
+        torch.testing.assert_close(out, right, atol=2e-2, rtol=2e-2)
