@@ -23,8 +23,6 @@ _MODULES = {
 _HALVES = ("float32", "bfloat16", "float16")
 _FORMATS = OneOf(*_HALVES, "float64")
 _FLAG = OneOf(False, True)
-_LARGEST = 16384
-"""Elements of a group that the Triton kernel holds in the registers of a program."""
 _RUN = ("sm_90",)
 _COMPILED = ("sm_80", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201")
 
@@ -32,7 +30,6 @@ Fields = dict[str, Constraint]
 
 
 def _triton(op: str) -> Kernel:
-    held: Fields = {"group_elements": Range(1, _LARGEST)} if op == "fp8_quantize" else {}
     return Kernel(
         name=f"triton.{op}",
         op=op,
@@ -41,7 +38,7 @@ def _triton(op: str) -> Kernel:
         priority=Band.PORTABLE + 50,
         capabilities=frozenset({"triton"}),
         needs=(TORCH, TRITON),
-        fields={**_narrow(_fields(op)), "graph": _FLAG, **held},
+        fields={**_narrow(_fields(op)), "graph": _FLAG},
         evidence={**dict.fromkeys(_RUN, "run"), **dict.fromkeys(_COMPILED, "compiled"), "*": "claimed"},
     )
 

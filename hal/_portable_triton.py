@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from hal._constraints import Anything, Constraint, Either, OneOf, Range, SameAs, Windows
+from hal._constraints import Anything, Constraint, Either, MultipleOf, OneOf, Range, SameAs, Windows
 from hal._device import Device
 from hal._kernel import Band, Kernel
 from hal._portable_common import TORCH, TRITON, cache_format, fp8_format
@@ -57,25 +57,25 @@ def _cache_of_q(request: Request, device: Device) -> Sequence[Reason]:
 
 
 def _prefill(request: Request, device: Device) -> Sequence[Reason]:
-    from hal_ops.attention.triton_limits import heads_on
+    from hal_ops.attention.triton_limits import fp8_heads
 
     assert isinstance(request, AttentionRequest)
-    text = heads_on(device.arch.name, request, cached=False)
-    return [*fp8_format(request.qkv_dtype, "qkv_dtype", device), *_heads(request, text)]
+    wrong = fp8_heads(request, cached=False)
+    return [*fp8_format(request.qkv_dtype, "qkv_dtype", device), *_heads(request, wrong)]
 
 
 def _extend(request: Request, device: Device) -> Sequence[Reason]:
-    from hal_ops.attention.triton_limits import heads_on
+    from hal_ops.attention.triton_limits import fp8_heads
 
     assert isinstance(request, AttentionRequest)
-    return [*_cache_of_q(request, device), *_heads(request, heads_on(device.arch.name, request, cached=True))]
+    return [*_cache_of_q(request, device), *_heads(request, fp8_heads(request, cached=True))]
 
 
 def _decode(request: Request, device: Device) -> Sequence[Reason]:
     from hal_ops.attention.triton_limits import fp8_heads_on
 
     assert isinstance(request, AttentionRequest)
-    return [*_cache_of_q(request, device), *_heads(request, fp8_heads_on(device.arch.name, request, cached=True))]
+    return [*_cache_of_q(request, device), *_heads(request, fp8_heads_on(device.arch.name, request))]
 
 
 def _heads(request: AttentionRequest, text: str) -> Sequence[Reason]:
@@ -85,8 +85,8 @@ def _heads(request: AttentionRequest, text: str) -> Sequence[Reason]:
 _ATTENTION: Fields = {
     "num_q_heads": Anything((1, 6, 14)),
     "num_kv_heads": Anything((1, 2)),
-    "head_dim": Range(1, 256, (64, 80, 192)),
-    "v_head_dim": Range(1, 256, (64, 80, 128)),
+    "head_dim": MultipleOf(16, high=256, samples=(64, 80, 192)),
+    "v_head_dim": MultipleOf(16, high=256, samples=(64, 80, 128)),
     "dtype": OneOf(*_FLOATS),
     "causal": OneOf(True, False),
     "window": Windows(),
@@ -108,7 +108,12 @@ _EXTEND: Fields = {
     "kv_layout": OneOf(*KV_LAYOUTS),
     "kv_scale": OneOf("tensor", "head"),
 }
-_DECODE: Fields = {**_EXTEND, "max_q_len": Range(1, 16, (4,))}
+_DECODE: Fields = {
+    **_EXTEND,
+    "head_dim": Range(1, 256, (64, 80, 192)),
+    "v_head_dim": Range(1, 256, (64, 80, 128)),
+    "max_q_len": Range(1, 16, (4,)),
+}
 _PREFILL_ON = {"sm_90": Band.PERFORMANT + 50}
 _EXTEND_ON = {"sm_90": Band.SPECIALIZED + 5}
 _DECODE_ON = {"sm_90": Band.SPECIALIZED + 45}

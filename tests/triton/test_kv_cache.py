@@ -193,3 +193,51 @@ def test_nothing_is_gathered_from_empty_rows(device: str) -> None:
         )  # fmt: skip
     with pytest.raises(ValueError, match="does not do float64 into float64"):
         kv_pages_gather(request.replace(kv_dtype="float64", dtype="float64"), device)
+
+
+@pytest.mark.gpu
+def test_captured_calls_follow_their_arguments(device: str) -> None:  # requirement P37
+    """Each op once in one graph, replayed with other slots, positions, pages and lengths in the same tensors."""
+    fields: dict[str, Any] = {"num_kv_heads": 2, "head_dim": 64, "kv_dtype": "float16", "page_size": 8}
+    turn = rotary_kv_cache_write(RotaryKvCacheWriteRequest(**fields, num_q_heads=4, dtype="float16"), device)
+    put = write(KvCacheWriteRequest(**fields, dtype="float16"), device)
+    copy = kv_pages_copy(KvPagesCopyRequest(**fields), device)
+    gather = kv_pages_gather(KvPagesGatherRequest(**fields), device)
+    q, k, v = (torch.randn(6, heads, 64, device=device).half() for heads in (4, 2, 2))
+    angles = torch.arange(32 * 16, device=device).view(16, 32) / 99
+    numbers = {
+        "positions": torch.arange(6),
+        "slots": torch.arange(6),
+        "others": torch.arange(20, 26),
+        "source": torch.tensor([0]),
+        "target": torch.tensor([4]),
+        "table": torch.tensor([[0, 2], [4, 1]]).int(),
+        "lengths": torch.tensor([0, 9, 14]).int(),
+    }
+    held = {name: x.to(device) for name, x in numbers.items()}
+
+    def call(caches: list[torch.Tensor]) -> list[torch.Tensor]:
+        turned = turn(q, k, v, angles.cos(), angles.sin(), held["positions"], *caches, held["slots"])
+        put(k, v, *caches, held["others"])
+        copy(*caches, held["source"], held["target"])
+        return [turned, *gather(*caches, held["table"], held["lengths"], 14, 9), *caches]
+
+    caches = [torch.randn(6, 8, 2, 64, device=device).half() for _ in "kv"]
+    call(caches)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call(caches)
+    held["positions"].copy_(torch.tensor([9, 3, 15, 0, 1, 2]))
+    held["slots"].copy_(torch.tensor([40, -1, 7, 3, 12, 1]))
+    held["others"].copy_(torch.tensor([-1, 17, 19, 23, 47, 30]))
+    held["source"].copy_(torch.tensor([5]))
+    held["target"].copy_(torch.tensor([3]))
+    held["table"].copy_(torch.tensor([[3, 5], [2, -7]]))
+    held["lengths"].copy_(torch.tensor([0, 9, 12]))
+    before = [cache.clone() for cache in caches]
+    graph.replay()
+    torch.cuda.synchronize()
+    for found, right in zip(out, call(before), strict=True):
+        tokens = 12 if found.shape[0] == 14 else len(found)
+        assert torch.equal(found[:tokens], right[:tokens])

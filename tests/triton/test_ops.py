@@ -148,7 +148,7 @@ def test_every_configuration_of_the_gates(
 def test_both_ways_to_make_a_format_give_the_same(
     fp8_dtype: str, native: bool, device: str, assert_right: Callable[[Any], None]
 ) -> None:
-    for granularity, hidden in (("tensor", 5000), ("token", 16384), ("token", 999), ("block", 1000)):
+    for granularity, hidden in (("tensor", 5000), ("token", 16384), ("token", 28672), ("token", 999), ("block", 1000)):
         request = Fp8QuantizeRequest(hidden_size=hidden, fp8_dtype=fp8_dtype, granularity=granularity)
         case = make_fp8_case(request, device=device)
         assert_right(case.check(fp8_quantize(request, device, native=native)))
@@ -222,9 +222,25 @@ def test_a_gradient_that_would_be_lost_is_refused(device: str) -> None:
         assert gate(x).shape == (2, 16)
 
 
-def test_tokens_longer_than_a_program_holds_are_refused(device: str) -> None:
-    with pytest.raises(ValueError, match="at most 16384"):
-        fp8_quantize(Fp8QuantizeRequest(hidden_size=16385, fp8_dtype="float8_e4m3fn"), device)
+LONG: dict[str, dict[str, Any]] = {
+    "a token": {"hidden_size": 28672, "granularity": "token"},
+    "a token, odd": {"hidden_size": 16411, "granularity": "token", "dtype": "float32"},
+    "a block of a row": {"hidden_size": 40000, "granularity": "block", "block_size": 17000},
+    "a block of rows": {"hidden_size": 900, "granularity": "block", "block_size": 700, "block_rows": 30},
+}
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["made", "given"])
+@pytest.mark.parametrize("fp8_dtype", ["float8_e4m3fn", "float8_e5m2fnuz"])
+@pytest.mark.parametrize("group", LONG)
+def test_groups_longer_than_a_program_holds(
+    group: str, fp8_dtype: str, static: bool, device: str, assert_right: Callable[[Any], None]
+) -> None:
+    request = Fp8QuantizeRequest(**{"dtype": "float16", **LONG[group]}, fp8_dtype=fp8_dtype, static=static)
+    implementation = fp8_quantize(request, device)
+    tokens = 40 if request.block_rows > 1 else 3
+    for form in ("plain", "out"):
+        assert_right(make_fp8_case(request, device=device, form=form, tokens=tokens).check(implementation))
 
 
 @pytest.mark.gpu

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
+import torch
 
 import hal
+from hal_ops._gpu import Gpu
 from hal_ops.attention import AttentionRequest
 from hal_ops.attention._triton_configs import keys_as_they_are
 from hal_ops.attention.triton_extend import extend
-from hal_ops.attention.triton_limits import fp8_heads_on
+from hal_ops.attention.triton_limits import fp8_heads, fp8_heads_on
 from hal_ops.attention.triton_prefill import prefill
 
 
@@ -50,27 +51,42 @@ HEADS = [
 @pytest.mark.parametrize(("head_dim", "v_head_dim", "served"), HEADS)
 def test_fp8_heads_that_went_wrong_on_hopper_are_refused(head_dim: int, v_head_dim: int, served: bool) -> None:
     # requirement B7, B5
-    """By the functions themselves, and by the declarations, in each phase; on other archs they are taken."""
+    """By the declarations in each phase; on other archs decode takes them, which pads all."""
     dims = {"head_dim": head_dim, "v_head_dim": v_head_dim}
     cache: dict[str, Any] = {"page_size": 16, "kv_layout": "NHD", "kv_dtype": "float8_e4m3fn"}
     fresh = request_of(**dims, qkv_dtype="float8_e4m3fn")
-    assert (not fp8_heads_on("sm_90", fresh, cached=False)) is served
-    assert not fp8_heads_on("sm_100", fresh, cached=False)
-    assert not fp8_heads_on("sm_90", request_of(**dims), cached=False)
-    with hal.simulate(devices="nvidia:sm_90,cuda=13.0,driver=580.65", libraries={"torch": "2.11.0", "triton": "3.6.0"}):
-        for phase in ("prefill", "extend", "decode"):
-            request = fresh if phase == "prefill" else request_of(**dims, **cache, phases=phase)
-            found = hal.select(request).choices[phase]
-            assert (str(found.kernel and found.kernel.name) == f"triton.{phase}") is served
+    assert (not fp8_heads(fresh, cached=False)) is served
+    assert not fp8_heads(request_of(**dims), cached=False)
+    stored = request_of(**dims, **cache, phases="decode")
+    assert (not fp8_heads_on("sm_90", stored)) is served
+    assert not fp8_heads_on("sm_100", stored)
+    for arch in ("sm_90", "sm_100"):
+        with hal.simulate(f"nvidia:{arch},cuda=13.0,driver=580.65", libraries={"torch": "2.11.0", "triton": "3.6.0"}):
+            for phase in ("prefill", "extend", "decode"):
+                request = fresh if phase == "prefill" else request_of(**dims, **cache, phases=phase)
+                found = hal.select(request).choices[phase]
+                taken = served or (phase, arch) == ("decode", "sm_100")
+                assert (str(found.kernel and found.kernel.name) == f"triton.{phase}") is taken
 
 
+@pytest.mark.parametrize(
+    ("dim", "fp8", "text"),
+    [(32, True, "head_dim 32 and v_head_dim 32 in FP8: needs"), (40, False, "head_dim 40 .*: needs multiples of 16; ")],
+)
+@pytest.mark.parametrize("arch", ["sm_90", "gfx950", ""])
 @pytest.mark.parametrize("phase", ["prefill", "extend"])
-def test_the_functions_say_so_too(phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    fields: dict[str, Any] = {"head_dim": 32, "phases": phase}
-    fp8 = {"qkv_dtype": "float8_e4m3fn"} if phase == "prefill" else {"kv_dtype": "float8_e4m3fn", "page_size": 16}
+def test_the_functions_say_so_too(
+    phase: str, arch: str, dim: int, fp8: bool, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On every GPU, also one whose arch nobody tells them."""
+    fields: dict[str, Any] = {"head_dim": dim, "phases": phase}
+    if fp8:
+        fields |= {"qkv_dtype" if phase == "prefill" else "kv_dtype": "float8_e4m3fn"}
+    if phase == "extend":
+        fields |= {"page_size": 16, "kv_layout": "NHD"}
     make: Any = prefill if phase == "prefill" else extend
-    module = f"hal_ops.attention.triton_{phase}"
-    real = make.__globals__["gpu_of"]
-    monkeypatch.setattr(f"{module}.gpu_of", lambda device: dataclasses.replace(real(device), arch="sm_90"))
-    with pytest.raises(ValueError, match="head_dim 32 and v_head_dim 32 in FP8 on sm_90"):
-        make(request_of(**fields, **fp8, **({"kv_layout": "NHD"} if phase == "extend" else {})), "cpu")
+    monkeypatch.setattr(
+        f"hal_ops.attention.triton_{phase}.gpu_of", lambda device: Gpu(arch, 1, torch.device("cuda", 0))
+    )
+    with pytest.raises(ValueError, match=f"{text}.*were wrong on sm_90, the only arch"):
+        make(request_of(**fields), "cuda")

@@ -17,6 +17,7 @@ NORM = "hal_ops._triton_norm:norm_rows"
 LONG = "hal_ops._triton_norm:norm_long_rows"
 GATE = "hal_ops._triton_gate:gate_rows"
 ROTARY = "hal_ops.rotary_embedding.triton_rotary:rotate_heads"
+QUANTIZE_LONG = "hal_ops.fp8_quantize.triton_quantize:quantize_long_groups"
 QUANTIZE = "hal_ops.fp8_quantize.triton_quantize:quantize_groups"
 LARGEST = "hal_ops.fp8_quantize.triton_quantize:largest_values"
 
@@ -100,6 +101,13 @@ def _quantizations() -> Iterator[Variant]:
         label = f"tensor float8_e4m3fn {'given' if given else 'made'}, Triton's conversion"
         native = ("sm_90", "sm_100", "sm_120")
         yield _variant(QUANTIZE, label, pointers, numbers, constants, 4, targets=native)
+    numbers.remove("num_parts")
+    sizes = {"HIDDEN": 28672, "TALL": 1, "WIDE": 28672, "STEP": 4096, "GIVEN": False}
+    for native in (False, True):
+        form = {n: value for n, value in _format("float8_e4m3fn", native).items() if n != "PARTS"}
+        label = "token 28672 float8_e4m3fn" + ", Triton's conversion" * native
+        more = {"targets": ("sm_90", "sm_100", "sm_120")} if native else {}
+        yield _variant(QUANTIZE_LONG, label, pointers, numbers, {**sizes, **form}, 16, **more)
     numbers = ["rows", *_places("")]
     constants = {"HIDDEN": 8192, "ROWS": 1, "BLOCK": 8192}
     yield _variant(LARGEST, "8192", {"x": "*bf16", "parts": "*fp32"}, numbers, constants, 8)

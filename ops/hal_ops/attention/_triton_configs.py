@@ -194,11 +194,12 @@ def padded_on(arch: str, request: AttentionRequest, *, cached: bool) -> bool:
     values and illegal reads in bfloat16 and float16, in most of prefill and extend; padded they were right, and so were 80,
     96, 160 and 192, whose parts are full. FP8 keys of two parts (80, 96) gave wrong values too, those of one part right
     ones, if of 32 columns or more. With the first tile of :data:`DEFAULT` heads of 96 in two parts read illegally in 16
-    bits too; 80, 112 and two stages were right in both forms. So all are padded on an arch that nobody has named.
+    bits too; 80, 112 and two stages were right in both forms. So all are padded on an arch that nobody has named, and FP8 on
+    every arch: it has been run on no other.
     """
     unnamed = not any(fnmatchcase(arch, pattern) for pattern in TABLE)
     partial = any(sum(cut(dim)) != dim for dim in (request.head_dim, request.v_head_dim))
-    return unnamed or partial or (arch == "sm_90" and is_fp8(_read(request, cached)))
+    return unnamed or partial or is_fp8(_read(request, cached))
 
 
 def keys_as_they_are(arch: str, request: AttentionRequest, *columns: int) -> bool:

@@ -33,7 +33,7 @@ from hal_ops.attention.contract import PagedAttention, Step
 from hal_ops.attention.reference import check_tensors
 from hal_ops.attention.request import AttentionRequest
 from hal_ops.attention.triton_common import tile
-from hal_ops.attention.triton_limits import heads_on
+from hal_ops.attention.triton_limits import heads
 from hal_ops.kv_layout import VECTORS, by_token
 
 __all__ = ["extend", "extend_kernel"]
@@ -115,10 +115,11 @@ class _Extend:
     def __init__(self, request: AttentionRequest, device: object, configs: tuple[Config | Hopper, ...]) -> None:
         self.request = request
         self.gpu = gpu_of(device)
-        refused = heads_on(self.gpu.arch, request, cached=True)
+        real = self.gpu.device.type != "cpu"
+        refused = heads(request, cached=True) if real else ""
         if refused:
             raise ValueError(refused)
-        padded = self.gpu.device.type != "cpu" and padded_on(self.gpu.arch, request, cached=True)
+        padded = real and padded_on(self.gpu.arch, request, cached=True)
         self.features = Features.of(request, padded=padded)
         self.layout = request.kv_layout
         if not configs:

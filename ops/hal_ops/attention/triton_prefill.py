@@ -1,11 +1,11 @@
 """Prefill in Triton: attention over fresh keys, dense or ragged.
 
-What :func:`prefill` honours: any heads and group sizes; head dims up to 256, equal or not (on sm_90 those that
-:mod:`hal_ops.attention.triton_limits` does not name); float16, bfloat16 and
-float32; q, k and v in an FP8 format that Triton converts on the arch, with scales a tensor or a head (products are of
-the output's format; where the arch multiplies FP8, that of q and k is of theirs); causal or not, windows (blocks of keys
-outside of them cost nothing), softcap, sinks, ALiBi, any scale; LSE; sequences without queries or without keys. The result
-is the same bits each time. There is no backward.
+What :func:`prefill` honours: any heads and group sizes; head dims up to 256, equal or not, in multiples of 16 (why, is
+in :mod:`hal_ops.attention.triton_limits`; the interpreter takes any); float16, bfloat16 and float32; q, k and v in an FP8
+format that Triton converts on the arch, with scales a tensor or a head (products are of the output's format; where the
+arch multiplies FP8, that of q and k is of theirs); causal or not, windows (blocks of keys outside of them cost nothing),
+softcap, sinks, ALiBi, any scale; LSE; sequences without queries or without keys. The result is the same bits each time.
+There is no backward.
 
 On sm_90 with Triton 3.6 to 3.9 the kernel of :mod:`hal_ops.attention.triton_hopper` is launched for 16-bit formats and
 head dims that are sums of two powers of two, and for FP8 and heads of 128, where strides are multiples of 16 elements;
@@ -41,7 +41,7 @@ from hal_ops.attention.contract import PrefillAttention
 from hal_ops.attention.reference import check_tensors
 from hal_ops.attention.request import AttentionRequest
 from hal_ops.attention.triton_common import tile
-from hal_ops.attention.triton_limits import heads_on
+from hal_ops.attention.triton_limits import heads
 
 __all__ = ["prefill", "prefill_kernel"]
 
@@ -142,10 +142,11 @@ class _Prefill:
         self.request = request
         self.dtype = torch_dtype(request.dtype)
         self.gpu = gpu_of(device)
-        refused = heads_on(self.gpu.arch, request, cached=False)
+        real = self.gpu.device.type != "cpu"
+        refused = heads(request, cached=False) if real else ""
         if refused:
             raise ValueError(refused)
-        padded = self.gpu.device.type != "cpu" and padded_on(self.gpu.arch, request, cached=False)
+        padded = real and padded_on(self.gpu.arch, request, cached=False)
         self.features = Features.of(request, padded=padded)
         constants = self.features.constants
         constants["KEYS_AS_THEY_ARE"] = keys_as_they_are(self.gpu.arch, request, constants["CUT"], constants["REST"])
