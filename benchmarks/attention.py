@@ -227,6 +227,15 @@ def others(given: argparse.Namespace, clock: Clock) -> tuple[Any, Any]:
     return found[0], found[1]
 
 
+def save(path: Path | None, clock: Clock, rates: dict[str, float], run: Run) -> list[Any]:
+    """Writes what there is: a run that is ended early keeps its cases. Returns its summary."""
+    found = summary(run)
+    if path:
+        about = {"device": clock.name(), **rates, "summary": found, "ops": run.ops, "host": run.host}
+        path.write_text(json.dumps({**about, "cases": run.rows}, indent=1) + "\n")
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     given = parse(arguments)
     clock = Clock(given.device, quick=given.quick)
@@ -239,15 +248,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if wanted(case, given.only):
             rows.append(run_case(case.quick() if given.quick else case, sides, clock, rates))
             print(line(rows[-1], sides), flush=True)
+            save(given.json, clock, rates, Run(rows, sides[0].name, {}, {}))
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
     ops, host = others(given, clock)
     print(*missing(rows), sep="\n")
-    found = summary(Run(rows, sides[0].name, ops, host))
-    print(*map(summary_line, found), sep="\n")
-    if given.json:
-        about = {"device": clock.name(), **rates, "summary": found, "ops": ops, "host": host}
-        given.json.write_text(json.dumps({**about, "cases": rows}, indent=1) + "\n")
+    print(*map(summary_line, save(given.json, clock, rates, Run(rows, sides[0].name, ops, host))), sep="\n")
     failed = [row["case"] for row in rows if "us" not in row["sides"][sides[0].name]]
     print("OURS DID NOT RUN: " + ", ".join(failed) if failed else "all cases ran with our kernels")
     return int(bool(failed))

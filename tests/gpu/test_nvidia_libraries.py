@@ -254,3 +254,19 @@ def test_explained_kernels_are_the_ones_that_run(name: str, device: hal.Device) 
     assert handle.kernels() == {"prefill": name}
     q, k, v = (torch.randn(1, 9, h, 64, device="cuda").bfloat16() for h in (4, heads, heads))
     assert handle(q, k, v).shape == q.shape
+
+
+@pytest.mark.parametrize(
+    "name", [f"{library}.prefill" for library, phases in PHASES.items() if "prefill" in phases] + ["triton.prefill"]
+)
+def test_many_more_queries_than_keys(name: str, device: hal.Device) -> None:  # requirement B15, D5
+    """flashinfer's fa2 masks too few of a tile's keys where the first queries see none (``_flashinfer_prefill``)."""
+    skip_unless_here(name, device)
+    handle = hal.get_attention(
+        num_q_heads=8, num_kv_heads=2, head_dim=128, dtype="bfloat16", phases="prefill", device=device, kernel=name
+    )
+    request = handle.request
+    for lengths in ([(200, 100)], [(300, 130), (70, 64)], [(400, 0), (129, 65)], [(64, 300), (513, 257)]):
+        case = make_case(request, "prefill", device="cuda", lengths=lengths, oracle="cuda")
+        for comparison in case.check(handle.implementation("prefill")):
+            assert comparison.ok, str(comparison)

@@ -6,6 +6,10 @@ that are only on the device have to be fetched, once a call.
 A row that sees no key is not left to the library: fa2 gives out 0 there, fa3 the mean of the values, and the LSE of
 both is a finite stand-in that depends on the scale (flashinfer 0.6.13, ``attention/prefill.cuh`` and
 ``hopper/attention_updater.cuh``). Which rows those are follows from the lengths.
+
+Of a sequence with more queries than keys fa2 masks too little: the first block to mask is counted in unsigned numbers,
+``kv_len + tile - qo_len`` (0.6.13, ``prefill.cuh:1781`` and ``:2256``), which wraps, and the tile that sees the first keys
+sees too many (200 queries of 100 keys, on an H200). Queries that see no key are left out of the call.
 """
 
 from __future__ import annotations
@@ -37,7 +41,7 @@ class Prefill:
     """The prefill phase: a callable of the contract, and :meth:`for_step`, which plans one for all layers of a step."""
 
     def __init__(
-        self, request: AttentionRequest, device: hal.Device, make: Callable[..., Any], arguments: Mapping[str, Any]
+        self, request: AttentionRequest, device: hal.Device, make: functools.partial[Any], arguments: Mapping[str, Any]
     ) -> None:
         self._request = request
         self._device = device
@@ -110,9 +114,15 @@ class Prefill:
 
     def _planned(self, q_lens: Sequence[int], kv_lens: Sequence[int]) -> Planned:
         holes = list(_unseeing(q_lens, kv_lens, self._request.causal))
+        kept, planned = [], q_lens
+        if holes and self._request.causal and self._make.keywords["backend"] == "fa2":
+            kept = list(_seeing(q_lens, kv_lens))
+            planned = [min(pair) for pair in zip(q_lens, kv_lens, strict=True)]
         taken = self._pooled()
-        if sum(q_lens):
-            self._fill(taken, q_lens, kv_lens)
+        if sum(planned):
+            self._fill(taken, planned, kv_lens)
+        if kept:
+            return _Trimmed(taken, kept, sum(q_lens), self._request.v_head_dim)
         return Planned(taken, holes, sum(q_lens), self._request.v_head_dim)
 
     def _fill(self, taken: Lease, q_lens: Sequence[int], kv_lens: Sequence[int]) -> None:
@@ -185,11 +195,37 @@ class Planned:
         return (out, lse) if return_lse else out
 
 
+class _Trimmed(Planned):
+    """The same for queries of which the library gets ``kept`` alone: tokens of each sequence, in its order."""
+
+    def __init__(self, taken: Lease, kept: list[slice], tokens: int, v_head_dim: int) -> None:
+        super().__init__(taken, [], tokens, v_head_dim)
+        self._kept = kept
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False, **lengths: Any) -> Any:
+        out = q.new_zeros((*q.shape[:2], self._v_head_dim))
+        lse = out.new_full(out.shape[:2], -math.inf, dtype=torch.float32)
+        rows = torch.cat([q[part] for part in self._kept])
+        if len(rows):
+            found, scores = self._run(rows, k, v, return_lse=True)
+            start = 0
+            for part in self._kept:
+                end = start + part.stop - part.start
+                out[part] = found[start:end]
+                lse[part] = scores[start:end] * _LN_2
+                start = end
+        return (out, lse) if return_lse else out
+
+
 def _rows_of(x: Tensor) -> Callable[[Tensor], Tensor]:
-    """``[batch, tokens, heads, dim]`` to ``[batch * tokens, heads, dim]``, for tensors that are like ``x``."""
+    """``[batch, tokens, heads, dim]`` to ``[batch * tokens, heads, dim]``, for tensors that are like ``x``.
+
+    Of all ways to a view ``as_strided`` with tuples costs least; a ``torch.Size`` is twice as dear.
+    """
     rows = x.flatten(0, 1)
-    is_view = x.numel() == 0 or rows.data_ptr() == x.data_ptr()
-    return operator.methodcaller("view", rows.shape) if is_view else operator.methodcaller("flatten", 0, 1)
+    if x.numel() and rows.data_ptr() != x.data_ptr():
+        return operator.methodcaller("flatten", 0, 1)
+    return operator.methodcaller("as_strided", tuple(rows.shape), rows.stride())
 
 
 def _lengths(cumulated: Tensor) -> list[int]:
@@ -205,3 +241,9 @@ def _unseeing(q_lens: Sequence[int], kv_lens: Sequence[int], causal: bool) -> It
         if count:
             yield slice(start, start + count)
         start += q_len
+
+
+def _seeing(q_lens: Sequence[int], kv_lens: Sequence[int]) -> Iterator[slice]:
+    """The other tokens, of each sequence: with a causal mask its last ones."""
+    for end, q_len, kv_len in zip(itertools.accumulate(q_lens), q_lens, kv_lens, strict=True):
+        yield slice(end - min(q_len, kv_len), end)

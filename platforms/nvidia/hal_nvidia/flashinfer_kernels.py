@@ -44,6 +44,7 @@ __all__ = ["FLASHINFER", "KERNELS", "toolkit", "toolkit_of_fa3", "versions_from"
 
 _FA2_ARCHS = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121")
 _PREFILL_COPIES = "dense q, k or v whose sequences do not follow each other in memory"
+_FA2_PREFILL_COPIES = f"{_PREFILL_COPIES}; q, where it has tokens that see no key"
 _PADDED = "q, where a plan of fixed size is called with fewer tokens"
 _FP8_COPIES = {"kv_dtype": "q, multiplied by the k scale"}
 
@@ -165,7 +166,7 @@ _WAITS = "ragged calls without a plan wait for the device"
 _OF_FA3 = "fa3 on sm_90"
 
 KERNELS = (
-    _kernel("flashinfer_fa2.prefill", _ragged(), Band.PERFORMANT + 5, _FA2_ARCHS, _WAITS, _PREFILL_COPIES),
+    _kernel("flashinfer_fa2.prefill", _ragged(), Band.PERFORMANT + 5, _FA2_ARCHS, _WAITS, _FA2_PREFILL_COPIES),
     _kernel(
         "flashinfer_fa3.prefill",
         _ragged(),

@@ -8,6 +8,7 @@ Read from flashinfer-python 0.6.13 (0.7.2 for cuDNN) and, where a test on an H20
   sequence has no keys at all, both give out 0 and -5e4, and fa3 does so even with sinks;
 * ``run(sinks=...)`` of the plain wrappers is accepted and ignored; the sink wrapper takes sinks and scale by position;
 * a row's pages are ``indices[indptr[row]:indptr[row + 1]]``; the tables may lie on the host, and here they must;
+* fa2 counts the first block to mask in unsigned numbers: of more queries than keys, over more than a tile, too few are;
 * in graph mode tables are copied into buffers of fixed size, and ``run`` reads those;
 * its plain functions want work buffers of zeros, and read q by its shape.
 """
@@ -99,6 +100,9 @@ def on_host(*tables: Tensor) -> None:
     assert all(t.device.type == "cpu" and t.dtype == torch.int32 for t in tables)
 
 
+_TILE = 16
+
+
 class Ragged(_Wrapper):
     """``BatchPrefillWithRaggedKVCacheWrapper``."""
 
@@ -126,6 +130,8 @@ class Ragged(_Wrapper):
         masks = Masks(causal, window_left, logits_soft_cap or 0.0, scale)
         self._remember(masks, q_data_type, kv_data_type or q_data_type, (head_dim_qk, head_dim_vo or head_dim_qk))
         self._lengths = qo_indptr.diff().tolist(), kv_indptr.diff().tolist()
+        pairs = zip(*self._lengths, strict=True)
+        assert not (causal and self._backend == "fa2") or all(q <= kv or kv < _TILE for q, kv in pairs), "unmasked"
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, *args: Any, return_lse: bool = False) -> Any:
         q_lens, kv_lens = self._lengths

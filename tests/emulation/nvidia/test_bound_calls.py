@@ -14,6 +14,7 @@ from hal._eligibility import _fields
 from hal._plan import Buffers, make_step
 from hal_nvidia import _flashinfer_pool as pool
 from hal_ops.attention import AttentionRequest
+from hal_ops.attention.cases import make_case
 
 BASE: dict[str, Any] = {"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 64, "dtype": "float16", "phases": ("prefill",)}
 KERNELS = ("fa2", "fa3", "fa4", "sdpa_flash", "sdpa_efficient", "sdpa_cudnn", "flashinfer_fa2", "flashinfer_fa3")
@@ -159,3 +160,21 @@ def test_unmasked_pages_that_flash_attn_4_copies_too_far_are_refused(phase: str,
         assert not list(kernel.check(AttentionRequest(**{**fields, **more}), device))
     (reason,) = kernel.check(AttentionRequest(**fields, causal=False), device)
     assert "144 keys" in reason.text
+
+
+@pytest.mark.parametrize("return_lse", [False, True])
+@pytest.mark.parametrize("lens", [((200,), (100,)), ((40, 7, 30), (20, 30, 0)), ((9, 0, 50), (0, 3, 0))], ids=str)
+def test_queries_that_see_no_key_are_not_left_to_flashinfers_fa2(
+    lens: tuple[tuple[int, ...], tuple[int, ...]], return_lse: bool
+) -> None:  # requirement B15, D5
+    """It masks too little where there are more queries than keys."""
+    with nvidia.running_on("sm_90", "flashinfer_fa2"):
+        request = AttentionRequest(**BASE, return_lse=return_lse)
+        case = make_case(request, "prefill", lengths=list(zip(*lens, strict=True)))
+        for comparison in case.check(hardware.build("flashinfer_fa2.prefill", request)):
+            assert comparison.ok, str(comparison)
+        if len(lens[0]) == 1:
+            q, k, v = (torch.randn(2, n, h, 64).half() for n, h in ((200, 4), (100, 2), (100, 2)))
+            prefill = hardware.build("flashinfer_fa2.prefill", request)
+            apart = torch.cat([prefill(q[i : i + 1], k[i : i + 1], v[i : i + 1]) for i in range(2)])
+            torch.testing.assert_close(prefill.for_dense(q, k, v)(q, k, v), apart, atol=1e-3, rtol=1e-3)
