@@ -31,6 +31,23 @@ def fresh(request: AttentionRequest) -> AttentionCase:
     return make_case(request, "prefill", lengths=EMPTY)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("lengths", [[(9, 4)] * 2, [(5, 1)], [(9, 4), (3, 3), (7, 0)]], ids=str)
+def test_fmha_v2_is_told_of_no_fewer_keys_than_queries(causal: bool, lengths: list[tuple[int, int]]) -> None:
+    # requirement B15, E8
+    """It asserts that, where asserts are compiled in. Dense where all lengths are the same, else ragged."""
+    with nvidia.running_on("sm_120", "fmha_v2") as held:
+        request, prefill = built("fmha_v2.prefill", "sm_120", causal=causal)
+        case = make_case(request, "prefill", lengths=lengths)
+        assert all(comparison.ok for comparison in case.check(prefill))
+        if len(set(lengths)) == 1:
+            q, k, v = (x.view(len(lengths), -1, *x.shape[1:]) for x in case.args)
+            assert torch.equal(prefill(q, k, v).flatten(0, 1), case.call(prefill)["out"])
+    assert held is not None
+    for call in held.called("trtllm_fmha_v2_prefill"):
+        assert call.passed["max_kv_len"] >= call.passed["max_q_len"] == max(n for n, _ in lengths)
+
+
 def test_flash_attention_2_says_plus_infinity_where_no_key_is_seen() -> None:  # requirement B15
     with nvidia.running("fa2") as held:
         assert held is not None
