@@ -41,7 +41,10 @@ if TYPE_CHECKING:
 __all__ = ["BLACKWELL_CUDA", "FLASHINFER", "KERNELS", "toolkit", "versions_from"]
 
 _FA2_ARCHS = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121")
-_PREFILL_COPIES = "dense q, k or v whose sequences do not follow each other in memory"
+_PREFILL_COPIES = (
+    "dense q, k or v whose sequences do not follow each other in memory; the output, where a plan of fixed size is called "
+    "with more tokens than its rows have"
+)
 _PADDED = "q, where a plan of fixed size is called with fewer tokens"
 _FP8_COPIES = {"kv_dtype": "q, multiplied by the k scale"}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from emulated import hardware, nvidia, signatures
+from emulated import hardware, nvidia, operators, signatures, torch_attention
 
 import hal
 import hal_nvidia
@@ -173,3 +173,27 @@ def test_slices_of_a_fused_projection_are_read_rightly(name: str) -> None:  # re
         lengths = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": 20, "max_seqlen_k": 20}
         ragged = prefill(*(x.flatten(0, 1) for x in views), **lengths)
         torch.testing.assert_close(ragged.unflatten(0, (2, 20)), prefill(*copies), atol=2e-3, rtol=2e-3)
+
+
+def test_outputs_that_are_copied_are_declared() -> None:  # requirement B4
+    """And one that need not be is not: what the memory-efficient kernel leaves unwritten is cleared where it is."""
+    for name, words in (
+        ("sdpa_cudnn.prefill", "put together"),
+        ("sdpa_efficient.prefill", "zeros are put before it"),
+        ("fa2.decode", "more tokens than its rows"),
+        ("flashinfer_fa2.prefill", "more tokens than its rows"),
+    ):
+        assert words in hardware.kernel_named(name).copies
+    request, prefill = built("sdpa_efficient.prefill", num_kv_heads=4, head_dim=256, return_lse=True)
+    written: list[torch.Tensor] = []
+    forward = torch_attention.EFFICIENT["_efficient_attention_forward"]
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        found = forward(*args, **kwargs)
+        written.append(found[0])
+        return found
+
+    functions = {**torch_attention.EFFICIENT, "_efficient_attention_forward": watched}
+    with operators.emulated_operators(functions):
+        found = fresh(request).call(prefill)["out"]
+    assert found.data_ptr() == written[0].data_ptr()
