@@ -88,7 +88,8 @@ class Step:
 
 def with_lengths(call: Any, step: Step) -> Any:
     """``call``, a callable of the prefill phase, with the lengths of a step whose keys are its queries' own."""
-    cumulative, longest = step.cu_seqlens_q, step.max_q_len
+    # A step without queries may come with a q that has room for some: no library is told of a bound of 0.
+    cumulative, longest = step.cu_seqlens_q, max(1, step.max_q_len)
     return partial(call, cu_seqlens_q=cumulative, cu_seqlens_k=cumulative, max_seqlen_q=longest, max_seqlen_k=longest)
 
 

@@ -123,10 +123,11 @@ def _kernel(
     )
 
 
-_GATHERED = "the pages of each row into one block a call"
+_GATHERED = "the pages of each row into one block a call; the output of each into that of the step"
+_TOGETHER = "the output of ragged batches of unequal lengths, and where it is made in tiles or has queries without keys"
 
 KERNELS = (
-    _attention("prefill", Band.PERFORMANT + 20, {**_ATTENTION, "needs_grad": OneOf(False, True)}),
+    _attention("prefill", Band.PERFORMANT + 20, {**_ATTENTION, "needs_grad": OneOf(False, True)}, _TOGETHER),
     _attention("extend", Band.PORTABLE + 5, {**_ATTENTION, **_CACHE}, _GATHERED),
     _attention("decode", Band.PORTABLE + 5, {**_ATTENTION, **_CACHE}, _GATHERED),
     _rows("rms_norm", {**_ROWS, **_RMS}),

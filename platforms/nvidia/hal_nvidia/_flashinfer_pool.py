@@ -24,10 +24,10 @@ import hal
 from hal_ops.attention import AttentionRequest
 
 __all__ = [
-    "MOST_PROCESSORS",
-    "ZEROED",
     "Held",
     "Lease",
+    "MOST_PROCESSORS",
+    "ZEROED",
     "counters",
     "for_functions",
     "identity",

@@ -24,11 +24,14 @@ def fmha_v2_prefill(request: AttentionRequest, device: hal.Device) -> _FmhaV2:
 class _FmhaV2:
     """Lengths stay on the device; a dense call's are made there.
 
-    What a row without keys gets is anybody's guess, and is set to 0 where there may be one: not in a dense call with
+    What a query without keys gets is anybody's guess, and is set to 0 where there may be one: not in a dense call with
     enough keys, nor in a planned step, whose keys are its queries' own.
 
-    Its kernels for sm_12x write nothing to the work buffer (flashinfer 0.6.13 to 0.7.4, ``fmha_v2_run.cu``), which graphs
-    may therefore share with eager calls.
+    The library wants a bound on the keys that is not below that on the queries, and asserts it where that is compiled in
+    (``fmha_v2_run.cu``, flashinfer 0.6.13 to 0.7.4). So it gets one: lengths are read on the device, where a row's queries
+    begin at its keys less its queries, and those before 0 are masked (``..._noloop_tiled.h``, ``q_sequence_start``).
+
+    Its kernels for sm_12x write nothing to the work buffer, which graphs may therefore share with eager calls.
     """
 
     def __init__(self, request: AttentionRequest, device: hal.Device, *, all_see: bool = False) -> None:
@@ -40,8 +43,7 @@ class _FmhaV2:
 
     def for_step(self, step: Step) -> Any:
         """The same for a step whose keys are its queries' own."""
-        all_see = step.slot_mapping.shape[0] == sum(step.q_lens)
-        return with_lengths(_FmhaV2(self._request, self._device, all_see=all_see), step)
+        return with_lengths(_FmhaV2(self._request, self._device, all_see=True), step)
 
     def __call__(
         self,
@@ -80,7 +82,7 @@ class _FmhaV2:
             pool.for_functions(self._place, pool.stream_of(self._place)),
             cu_k.diff(),
             max_q_len=max_q,
-            max_kv_len=max_k,
+            max_kv_len=max(max_q, max_k),
             bmm1_scale=self._scale,
             bmm2_scale=1.0,
             batch_size=cu_q.shape[0] - 1,

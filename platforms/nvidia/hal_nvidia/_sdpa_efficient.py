@@ -95,7 +95,8 @@ class _Prefill:
         if self._needs_grad:
             q = q.masked_fill(empty[:, None, None], 0.0)
         found = self._launch(q, k, v, cu_q, cu_k, bounds, True)
-        out = found[0][0] if self._all_written else found[0][0].masked_fill(empty[:, None, None], 0.0)
+        # What is not all written has no gradient, so it may be changed in place.
+        out = found[0][0] if self._all_written else found[0][0].masked_fill_(empty[:, None, None], 0.0)
         if not return_lse:
             return out
         return out, found[1][rows, :, places].masked_fill_(empty[:, None], -torch.inf)

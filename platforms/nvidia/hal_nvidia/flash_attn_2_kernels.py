@@ -98,7 +98,7 @@ _PAGED: Mapping[str, Constraint] = {
 }
 
 
-def _kernel(phase: str, more: Mapping[str, Constraint], rank: int) -> Kernel:
+def _kernel(phase: str, more: Mapping[str, Constraint], rank: int, copies: str = "") -> Kernel:
     return Kernel(
         name=f"fa2.{phase}",
         op="attention",
@@ -109,9 +109,16 @@ def _kernel(phase: str, more: Mapping[str, Constraint], rank: int) -> Kernel:
         needs=(Needs("torch", ">=2.6"), _FLASH_ATTN),
         fields={**_COMMON, **more},
         check=_built_for,
+        copies=copies,
         evidence={"*": "emulated"},
         note="flash-attention 2",
     )
 
 
-KERNELS = (_kernel("prefill", _FRESH, 50), _kernel("extend", _PAGED, 25), _kernel("decode", _PAGED, 50))
+_PADDED = "the output, where a plan of fixed size is called with more tokens than its rows have"
+
+KERNELS = (
+    _kernel("prefill", _FRESH, 50),
+    _kernel("extend", _PAGED, 25),
+    _kernel("decode", _PAGED, 50, _PADDED),
+)

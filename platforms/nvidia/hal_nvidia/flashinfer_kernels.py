@@ -43,7 +43,10 @@ if TYPE_CHECKING:
 __all__ = ["FLASHINFER", "KERNELS", "toolkit", "toolkit_of_fa3", "versions_from"]
 
 _FA2_ARCHS = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121")
-_PREFILL_COPIES = "dense q, k or v whose sequences do not follow each other in memory"
+_PREFILL_COPIES = (
+    "dense q, k or v whose sequences do not follow each other in memory; the output, where a plan of fixed size is called "
+    "with more tokens than its rows have"
+)
 _FA2_PREFILL_COPIES = f"{_PREFILL_COPIES}; q, where it has tokens that see no key"
 _PADDED = "q, where a plan of fixed size is called with fewer tokens"
 _FP8_COPIES = {"kv_dtype": "q, multiplied by the k scale"}

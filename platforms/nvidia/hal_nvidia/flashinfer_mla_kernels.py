@@ -85,6 +85,7 @@ def _kernel(backend: str, priority: int, archs: tuple[str, ...]) -> Kernel:
         capabilities=frozenset({"bf16"}),
         fields=_FIELDS,
         check=_fa3 if backend == "fa3" else _fa2,
+        copies="the output, where a plan of fixed size is called with more tokens than its rows have",
         copies_with={"kv_dtype": "q, times the scale of the cache"},
         evidence={"*": "emulated"},
         note=f"BatchMLAPagedAttentionWrapper, {backend}",

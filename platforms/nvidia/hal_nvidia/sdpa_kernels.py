@@ -150,7 +150,11 @@ KERNELS = (
             "graph": OneOf(False, True),
         },
         check=_efficient_check,
-        copies_with={"needs_grad": "q of ragged batches (masked where no key is seen)"},
+        copies="the output of a dense batch with more queries than keys that are causal (zeros are put before it)",
+        copies_with={
+            "needs_grad": "q of ragged batches (masked where no key is seen)",
+            "return_lse": "the LSE of ragged batches (taken from rows of one length)",
+        },
         note="CUTLASS kernels inside torch",
         evidence={"sm_90": "run", **_EMULATED},
     ),
@@ -164,7 +168,8 @@ KERNELS = (
             "head_dim": Either(MultipleOf(8, high=128), OneOf(192)),
             "v_head_dim": Pairs("head_dim", *((d, d) for d in range(8, 129, 8)), (192, 128)),
         },
-        copies="q, where fewer queries than keys are causal (it is padded to as many)",
+        copies="q, where fewer queries than keys are causal (it is padded to as many); the output, where more are (zeros "
+        "are put before it), and of ragged batches of unequal lengths (it is put together)",
         note="ragged batches of unequal lengths: a call a sequence, with lengths read from the device",
         evidence={"sm_90": "run", **_EMULATED},
     ),

@@ -72,7 +72,8 @@ KERNELS = (
         needs=(Needs("torch", ">=2.6"), versions_from(">=0.6.13", "it gives the LSE since then")),
         fields=_FIELDS,
         check=_check,
-        copies="q, where it is a view that is not contiguous; a block table whose width is no multiple of 128 tokens",
+        copies="q, where it is a view that is not contiguous; a block table whose width is no multiple of 128 tokens; the "
+        "output, where a plan of fixed size is called with more tokens than its rows have",
         copies_with={"kv_dtype": "q, into FP8"},
         evidence={"*": "emulated"},
         note="trtllm_batch_decode_with_kv_cache_mla",

@@ -167,11 +167,12 @@ def _kernel(
     )
 
 
+_MORE_QUERIES = "the output of dense batches with queries that see no key (they are put before it)"
 _ALIKE = {"softcap": "dense q, k, v that are not contiguous"}
 _HEADS = "q, where its heads are not contiguous"
 
 KERNELS = (
-    _kernel("prefill", Band.SPECIALIZED + 20, _PREFILL, "CK and assembly", copies_with=_ALIKE),
+    _kernel("prefill", Band.SPECIALIZED + 20, _PREFILL, "CK and assembly", _MORE_QUERIES, _ALIKE),
     _kernel("extend", Band.PERFORMANT + 30, _EXTEND, "mha_batch_prefill_func", needs=needs_aiter(">=0.1.13")),
     _kernel("decode", Band.PERFORMANT + 30, _DECODE, "paged_attention_ragged", _HEADS),
 )

@@ -94,7 +94,13 @@ Check = Callable[["Request", "Device"], Sequence[Reason]]
 
 
 def _kernel(
-    name: str, priority: int, archs: tuple[str, ...], fields: Mapping[str, Constraint], check: Check, note: str
+    name: str,
+    priority: int,
+    archs: tuple[str, ...],
+    fields: Mapping[str, Constraint],
+    check: Check,
+    note: str,
+    copies: str = "",
 ) -> Kernel:
     library, _, phase = name.partition(".")
     return Kernel(
@@ -107,6 +113,7 @@ def _kernel(
         needs=_NEEDS,
         fields=fields,
         check=check,
+        copies=copies,
         evidence={"*": "emulated"},
         note=note,
     )
@@ -114,9 +121,13 @@ def _kernel(
 
 _GRAD: Mapping[str, Constraint] = {"needs_grad": OneOf(False, True)}
 
+_MORE_QUERIES = "the output of dense batches with queries that see no key (they are put before it)"
+_PADDED = "the output, where a plan of fixed size is called with more tokens than its rows have"
+_TRITON = "flash-attn, Triton"
+
 KERNELS = (
-    _kernel("fa2_ck.prefill", Band.PERFORMANT + 20, _CDNA, {**_CK, **_GRAD}, _ck, "flash-attn, CK"),
+    _kernel("fa2_ck.prefill", Band.PERFORMANT + 20, _CDNA, {**_CK, **_GRAD}, _ck, "flash-attn, CK", _MORE_QUERIES),
     _kernel("fa2_ck.extend", Band.PERFORMANT + 20, _CDNA, {**_CK, **_CACHE}, _ck, "flash-attn, CK"),
-    _kernel("fa2_ck.decode", Band.PERFORMANT + 20, _CDNA, {**_CK, **_CACHE}, _ck, "flash-attn, CK"),
-    _kernel("fa2_triton.prefill", Band.PERFORMANT, _TESTED_WITH_TRITON, _HEADS, _triton, "flash-attn, Triton"),
+    _kernel("fa2_ck.decode", Band.PERFORMANT + 20, _CDNA, {**_CK, **_CACHE}, _ck, "flash-attn, CK", _PADDED),
+    _kernel("fa2_triton.prefill", Band.PERFORMANT, _TESTED_WITH_TRITON, _HEADS, _triton, _TRITON, _MORE_QUERIES),
 )

@@ -67,7 +67,10 @@ def _kernel(name: str, priority: int, fields: Mapping[str, Constraint], copies: 
     )
 
 
-_PADDED = "q, where a causal call has fewer queries than keys"
+_PADDED = (
+    "q, where a causal call has fewer queries than keys; the output, where it has more, and of ragged batches whose queries "
+    "are not its keys' own"
+)
 
 KERNELS = (
     _kernel("sdpa_aotriton_flash", Band.PERFORMANT + 5, _fields("bfloat16", "float16"), _PADDED),

@@ -72,7 +72,7 @@ class _Cute:
         self._check(q, k, v, learnable_sink, window_size, num_splits, deterministic)
         assert cu_seqlens_q is not None
         q_lens = cu_seqlens_q.diff().tolist()
-        assert max_seqlen_q is not None
+        assert max_seqlen_q
         assert max(q_lens) <= max_seqlen_q
         if page_table is None:
             assert cu_seqlens_k is not None

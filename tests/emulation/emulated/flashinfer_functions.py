@@ -244,6 +244,8 @@ def trtllm_fmha_v2_prefill(
     assert kv_lens == seq_lens.tolist()
     assert max(q_lens) <= max_q_len
     assert max(kv_lens) <= max_kv_len
+    assert max_q_len > 0, "a grid of nothing"
+    assert max_kv_len >= max_q_len, "q seqlen has to be smaller than or equal to the kv seqlen!"
     assert batch_size == len(q_lens)
     q, k, v = qkv
     masks = Masks({"causal": True, "padding": False}[mask_mode], -1, 0.0, float(bmm1_scale))

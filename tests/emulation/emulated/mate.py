@@ -62,7 +62,7 @@ def flash_attn_varlen_func(
     assert page_table is None
     rows = _dense(q, k, v) if cu_seqlens_q is None else _ragged(q, k, v, cu_seqlens_q, cu_seqlens_k)
     if cu_seqlens_q is not None:
-        assert max_seqlen_q >= max(len(a) for a, _, _ in rows)
+        assert max_seqlen_q >= max(1, *(len(a) for a, _, _ in rows))
         assert max_seqlen_k >= max(len(b) for _, b, _ in rows)
     longest = max_seqlen_q if cu_seqlens_q is not None else q.shape[1]
     plain = window_size[0] < 0 and window_size[1] <= 0 and not softcap

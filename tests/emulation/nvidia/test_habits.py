@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from emulated import flash_attn_4, hardware, nvidia
+from emulated import flash_attn_4, hardware, nvidia, operators, signatures, torch_attention
 
 import hal
 import hal_nvidia
@@ -29,6 +29,23 @@ def built(name: str, arch: str = "sm_90", **fields: Any) -> tuple[AttentionReque
 
 def fresh(request: AttentionRequest) -> AttentionCase:
     return make_case(request, "prefill", lengths=EMPTY)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("lengths", [[(9, 4)] * 2, [(5, 1)], [(9, 4), (3, 3), (7, 0)]], ids=str)
+def test_fmha_v2_is_told_of_no_fewer_keys_than_queries(causal: bool, lengths: list[tuple[int, int]]) -> None:
+    # requirement B15, E8
+    """It asserts that, where asserts are compiled in. Dense where all lengths are the same, else ragged."""
+    with nvidia.running_on("sm_120", "fmha_v2") as held:
+        request, prefill = built("fmha_v2.prefill", "sm_120", causal=causal)
+        case = make_case(request, "prefill", lengths=lengths)
+        assert all(comparison.ok for comparison in case.check(prefill))
+        if len(set(lengths)) == 1:
+            q, k, v = (x.view(len(lengths), -1, *x.shape[1:]) for x in case.args)
+            assert torch.equal(prefill(q, k, v).flatten(0, 1), case.call(prefill)["out"])
+    assert held is not None
+    for call in held.called("trtllm_fmha_v2_prefill"):
+        assert call.passed["max_kv_len"] >= call.passed["max_q_len"] == max(n for n, _ in lengths)
 
 
 def test_flash_attention_2_says_plus_infinity_where_no_key_is_seen() -> None:  # requirement B15
@@ -156,3 +173,27 @@ def test_slices_of_a_fused_projection_are_read_rightly(name: str) -> None:  # re
         lengths = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": 20, "max_seqlen_k": 20}
         ragged = prefill(*(x.flatten(0, 1) for x in views), **lengths)
         torch.testing.assert_close(ragged.unflatten(0, (2, 20)), prefill(*copies), atol=2e-3, rtol=2e-3)
+
+
+def test_outputs_that_are_copied_are_declared() -> None:  # requirement B4
+    """And one that need not be is not: what the memory-efficient kernel leaves unwritten is cleared where it is."""
+    for name, words in (
+        ("sdpa_cudnn.prefill", "put together"),
+        ("sdpa_efficient.prefill", "zeros are put before it"),
+        ("fa2.decode", "more tokens than its rows"),
+        ("flashinfer_fa2.prefill", "more tokens than its rows"),
+    ):
+        assert words in hardware.kernel_named(name).copies
+    request, prefill = built("sdpa_efficient.prefill", num_kv_heads=4, head_dim=256, return_lse=True)
+    written: list[torch.Tensor] = []
+    forward = torch_attention.EFFICIENT["_efficient_attention_forward"]
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        found = forward(*args, **kwargs)
+        written.append(found[0])
+        return found
+
+    functions = {**torch_attention.EFFICIENT, "_efficient_attention_forward": watched}
+    with operators.emulated_operators(functions):
+        found = fresh(request).call(prefill)["out"]
+    assert found.data_ptr() == written[0].data_ptr()
