@@ -203,7 +203,7 @@ def test_a_plan_for_graphs_has_bounds_that_hold_for_every_later_step(bounded: An
 def test_a_call_over_the_cache_alone_that_a_graph_holds_keeps_its_payload(bounded: Any) -> None:
     # requirement E12, P37
     """Also of a plan over fresh keys, which is given one by that call."""
-    made, planned = bounded
+    made, _ = bounded
     handle = hal.get_attention(**made, graph=True, phases=("prefill", "extend"))
     plan = handle.plan(q_lens=[5, 2], kv_lens=[5, 2], block_table=[[0], [1]], max_batch=2, max_tokens=8)
     assert (plan.phase, plan._payload) == ("prefill", None)
