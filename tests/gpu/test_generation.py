@@ -37,6 +37,8 @@ BOUND = {"float32": 1e-3, "float16": 0.03, "bfloat16": 0.2}
 NO_SINK = -100.0
 SHAPES = tuple(itertools.product(("float16", "bfloat16", "float32"), (32, 64, 128), (2, 8), (False, True)))
 """Format, head dim, kv heads and sinks, in the order in which they are tried."""
+COMPILED = (("bfloat16", 128, 2, False), ("bfloat16", 64, 2, True))
+"""The same of flashinfer's, which compiles a module for each: those that its other tests use too, with pages of 16."""
 
 
 class Widened:
@@ -68,17 +70,17 @@ class Widened:
         return out[..., : self._dim].to(q.dtype)
 
 
-def forced(kernels: Mapping[str, str], device: hal.Device, scale: float) -> hal.Attention | str:
+def forced(kernels: Mapping[str, str], device: hal.Device, scale: float, compiled: bool) -> hal.Attention | str:
     """A handle with these kernels, for the first shape that they take; else why they take none.
 
     The force comes from the variables that a user would set (see the test), so that it is checked as a user's is.
     """
     why = ""
-    for dtype, dim, kv_heads, sinks in SHAPES:
+    for dtype, dim, kv_heads, sinks in COMPILED if compiled else SHAPES:
         try:
             found = hal.get_attention(
                 num_q_heads=8, num_kv_heads=kv_heads, head_dim=dim, dtype=dtype, sinks=sinks, softmax_scale=scale,
-                device=device,
+                device=device, **({"page_size": 16} if compiled else {}),
             )  # fmt: skip
         except hal.errors.NoKernelError as error:
             why = why or str(error)
@@ -139,19 +141,21 @@ def check(handle: hal.Attention) -> set[str]:
 def libraries() -> list[Any]:
     """Every registered attention library with its phases; flashinfer's, which are compiled on first use, say so."""
     found: dict[str, dict[str, str]] = {}
-    compiled: set[str] = set()
     for kernel in _plugins.registry().kernels.values():
         if kernel.op == "attention":
             library = kernel.library
             found.setdefault(library, {})[kernel.phase] = library
-            if any(need.library == "flashinfer-python" for need in kernel.needs):
-                compiled.add(library)
     return [
         pytest.param(
-            name, tuple(p for p in PHASES if p in phases), id=f"flashinfer-{name}" if name in compiled else name
+            name, tuple(p for p in PHASES if p in phases), id=f"flashinfer-{name}" if _is_compiled(name) else name
         )
         for name, phases in sorted(found.items())
     ]
+
+
+def _is_compiled(library: str) -> bool:
+    kernels = (k for k in _plugins.registry().kernels.values() if (k.op, k.library) == ("attention", library))
+    return any(need.library == "flashinfer-python" for kernel in kernels for need in kernel.needs)
 
 
 @pytest.fixture(autouse=True)
@@ -175,7 +179,7 @@ def run(library: str, phases: tuple[str, ...], device: hal.Device, monkeypatch: 
     kernels = {p: k.name for p in phases for k in [_offered(library, p, device)] if k is not None}
     if len(kernels) < len(phases):
         pytest.skip(f"{library} has no {'/'.join(phases)} for {device.arch.name}")
-    found = forced(kernels, device, read_config().head_dim ** -0.5)
+    found = forced(kernels, device, read_config().head_dim ** -0.5, _is_compiled(library))
     if isinstance(found, str):
         pytest.skip(found)
     assert set(phases) <= check(found)
@@ -215,7 +219,7 @@ def test_a_wrong_attention_is_seen(change: dict[str, Any]) -> None:
         check(handle)
 
 
-@pytest.mark.parametrize(("dtype", "dim", "kv_heads", "sinks"), SHAPES[::5])
+@pytest.mark.parametrize(("dtype", "dim", "kv_heads", "sinks"), [*SHAPES[::5], COMPILED[1]])
 def test_wider_heads_change_nothing(dtype: str, dim: int, kv_heads: int, sinks: bool) -> None:
     """Zeros behind each head, copies of kv heads, sinks of next to no weight, and each format."""
     handle = hal.get_attention(

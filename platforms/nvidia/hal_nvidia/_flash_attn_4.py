@@ -111,6 +111,7 @@ class _Paged:
 
     def __init__(self, request: AttentionRequest, *, splits: int) -> None:
         self._attend = partial(_cute().flash_attn_varlen_func, **_settings(request), num_splits=splits)
+        self._v_head_dim = request.v_head_dim
 
     def plan(self, step: Step) -> Any:
         """The library's function with the step's tensors and bounds. Lengths and tables are read on the device."""
@@ -137,6 +138,8 @@ class _Paged:
         v_scale: Tensor | None = None,
         return_lse: bool = False,
     ) -> Any:
+        if not q.shape[0] or not step.max_q_len:
+            return nothing(q, self._v_head_dim, return_lse, sinks=sinks)
         if sinks is None and not return_lse:
             return payload(q, k_cache, v_cache)[0]
         out, lse = payload(q, k_cache, v_cache, learnable_sink=sinks, return_lse=return_lse)

@@ -23,19 +23,34 @@ from torch import Tensor
 import hal
 from hal_ops.attention import AttentionRequest
 
-__all__ = ["Held", "Lease", "identity", "lease", "scratch", "scratch_size", "stream_of", "zeroed_scratch"]
+__all__ = [
+    "MOST_PROCESSORS",
+    "ZEROED",
+    "Held",
+    "Lease",
+    "counters",
+    "for_functions",
+    "identity",
+    "lease",
+    "scratch",
+    "scratch_size",
+    "stream_of",
+    "zeroed",
+]
 
 _MIB = 1 << 20
 _TILES = (16, 64, 128)
 """Rows of a query tile (``FA2DetermineCtaTileQ`` of ``include/flashinfer/attention/scheduler.cuh``)."""
 _BLOCKS_A_PROCESSOR = 2
-_MOST_PROCESSORS = 256
+MOST_PROCESSORS = 256
 _FUNCTIONS = 128 * _MIB
 """What flashinfer recommends for its functions (``decode.py``, ``cudnn/decode.py``)."""
+ZEROED = 8 * _MIB
+"""Of a buffer that is zero at first, the part that functions rely on (``decode.py``, ``reserve 8MB for semaphore``)."""
 
 Key = tuple[Any, ...]
 _idle: dict[Key, deque[Held]] = {}
-_zeroed: dict[tuple[torch.device, str], int] = {}
+_zeroed: dict[tuple[torch.device, str], weakref.ref[Tensor]] = {}
 
 
 @dataclasses.dataclass(slots=True)
@@ -113,17 +128,39 @@ def scratch(device: torch.device, stream: int, num_bytes: int) -> Tensor:
     return hal.workspace(device).get(f"flashinfer, stream {stream:#x}", num_bytes)
 
 
-def zeroed_scratch(device: torch.device, stream: int) -> Tensor:
-    """The buffer of the functions that count on zeros at first, and leave zeros where they need them: one a stream.
+def for_functions(device: torch.device, stream: int, more: int = 0) -> Tensor:
+    """The buffer of the functions that leave anything in it, one a stream: ``more`` bytes than are recommended.
 
     Raises:
-        WorkspaceError: the pool is frozen before the first use.
+        WorkspaceError: as :func:`scratch`.
     """
-    owner = f"flashinfer functions, stream {stream:#x}"
-    buffer = hal.workspace(device).get(owner, _FUNCTIONS)
-    if _zeroed.get((device, owner)) != buffer.data_ptr():
-        buffer.zero_()
-        _zeroed[device, owner] = buffer.data_ptr()
+    return hal.workspace(device).get(f"flashinfer functions, stream {stream:#x}", _FUNCTIONS + more)
+
+
+def zeroed(device: torch.device, stream: int, more: int = 0) -> Tensor:
+    """The same of the functions that count on zeros at the front of theirs, and leave zeros there.
+
+    Raises:
+        WorkspaceError: as :func:`scratch`.
+    """
+    return _with_zeros(device, f"flashinfer functions with semaphores, stream {stream:#x}", _FUNCTIONS + more, ZEROED)
+
+
+def counters(device: torch.device, stream: int, num_bytes: int) -> Tensor:
+    """A buffer of zeros, one a stream, of functions that leave zeros in it.
+
+    Raises:
+        WorkspaceError: as :func:`scratch`.
+    """
+    return _with_zeros(device, f"flashinfer counters, stream {stream:#x}", num_bytes, None)
+
+
+def _with_zeros(device: torch.device, owner: str, num_bytes: int, front: int | None) -> Tensor:
+    buffer = hal.workspace(device).get(owner, num_bytes)
+    held = _zeroed.get((device, owner))
+    if held is None or held() is not buffer:
+        buffer[:front].zero_()
+        _zeroed[device, owner] = weakref.ref(buffer)
     return buffer
 
 
@@ -135,7 +172,7 @@ def scratch_size(request: AttentionRequest, device: hal.Device, tokens: int = 1 
     """
     packed = max(1, tokens - batch + 1) * request.group_size
     tile = next((t for t in _TILES if packed <= t), _TILES[-1])
-    in_flight = _BLOCKS_A_PROCESSOR * (device.multiprocessors or _MOST_PROCESSORS) // request.num_kv_heads + 1
+    in_flight = _BLOCKS_A_PROCESSOR * (device.multiprocessors or MOST_PROCESSORS) // request.num_kv_heads + 1
     tiles = max(in_flight, -(-tokens * request.group_size // tile) + batch) if batch else in_flight
     rows = max(tiles * tile, 16 * in_flight)
     return request.num_q_heads * rows * (request.v_head_dim + 1) * 4 + _MIB

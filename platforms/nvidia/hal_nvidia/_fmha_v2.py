@@ -10,7 +10,7 @@ from torch import Tensor
 
 import hal
 from hal_nvidia import _flashinfer_pool as pool
-from hal_nvidia._flash import sequences_of
+from hal_nvidia._flash import nothing, sequences_of
 from hal_ops.attention import AttentionRequest, Step, with_lengths
 
 __all__ = ["fmha_v2_prefill"]
@@ -26,6 +26,9 @@ class _FmhaV2:
 
     What a row without keys gets is anybody's guess, and is set to 0 where there may be one: not in a dense call with
     enough keys, nor in a planned step, whose keys are its queries' own.
+
+    Its kernels for sm_12x write nothing to the work buffer (flashinfer 0.6.13 to 0.7.4, ``fmha_v2_run.cu``), which graphs
+    may therefore share with eager calls.
     """
 
     def __init__(self, request: AttentionRequest, device: hal.Device, *, all_see: bool = False) -> None:
@@ -54,6 +57,8 @@ class _FmhaV2:
         alibi_slopes: Tensor | None = None,
         return_lse: bool = False,
     ) -> Any:
+        if not q.numel() or not k.numel():
+            return nothing(q, v.shape[-1], False)
         if cu_seqlens_q is None or cu_seqlens_k is None:
             lengths = self._even(q.shape[0], q.shape[1]), self._even(q.shape[0], k.shape[1])
             out = self._attend(
@@ -72,7 +77,7 @@ class _FmhaV2:
         out: Tensor = self._function(
             (q.contiguous(), k.contiguous(), v.contiguous()),  # read by their shapes; declared in Kernel.copies
             "SEPARATE_Q_K_V",
-            pool.zeroed_scratch(self._place, pool.stream_of(self._place)),
+            pool.for_functions(self._place, pool.stream_of(self._place)),
             cu_k.diff(),
             max_q_len=max_q,
             max_kv_len=max_k,

@@ -1,6 +1,6 @@
 """flashinfer's ``trtllm_batch_decode_with_kv_cache_mla`` behind the contract of latent attention: decode alone.
 
-It plans nothing. What a plan holds is its work buffer, one a stream, and the block table in a width that it takes.
+It plans nothing. What a plan holds is what its calls work in, and the block table in a width that it takes.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 import hal
-from hal_nvidia import _flashinfer_pool as pool
 from hal_nvidia._flash import nothing
+from hal_nvidia._flashinfer_memory import Memory, Workplace
 from hal_nvidia._fp8_query import quantizer
 from hal_ops import is_fp8
 from hal_ops.attention import Step
@@ -35,18 +35,18 @@ def decode(request: MlaAttentionRequest, device: hal.Device) -> MlaAttention:
 
 @dataclasses.dataclass(slots=True)
 class Work:
-    """``tokens``: of the step's rows, ``queries`` each. buffer: zeroed at first. table: int32, of a width that is taken."""
+    """``tokens``: of the step's rows, ``queries`` each. table: int32, of a width that is taken."""
 
     tokens: int
     queries: int
-    buffer: Tensor
+    memory: Memory
     table: Tensor
 
 
 class _Decode:
     def __init__(self, request: MlaAttentionRequest, device: hal.Device, function: Any) -> None:
         self._function = function
-        self._place = device.torch_device()
+        self._memory = Workplace(request, device, function, zeroed=True)
         self._rank = request.kv_lora_rank
         self._told = {
             "qk_nope_head_dim": request.qk_nope_head_dim,
@@ -58,13 +58,13 @@ class _Decode:
         self._quantize: Any = quantizer(request.absorbed(), device) if is_fp8(request.kv_dtype) else None
 
     def plan(self, step: Step) -> Work:
-        """The work buffer of the current stream, and the block table. Waits for nothing."""
+        """The work memory of the current stream, and the block table. Waits for nothing."""
         missing = -step.block_table.shape[1] % max(1, _TABLE_TOKENS // step.page_size)
         tokens = sum(step.q_lens)
         return Work(
             tokens=tokens,
             queries=max(1, step.max_q_len),
-            buffer=pool.zeroed_scratch(self._place, pool.stream_of(self._place)),
+            memory=self._memory.plan(step),
             table=functional.pad(step.block_table, (0, missing)) if missing else step.block_table,
         )
 
@@ -90,13 +90,14 @@ class _Decode:
         found = self._function(
             q.view(rows, payload.queries, *q.shape[1:]),
             cache,
-            payload.buffer,
+            payload.memory.buffer,
             block_tables=payload.table[:rows],
             seq_lens=step.kv_lens[:rows],
             max_seq_len=step.max_kv_len,
             bmm1_scale=scale,
             bmm2_scale=1.0 if kv_scale is None else kv_scale,
             return_lse=return_lse,
+            **payload.memory.keywords(),
             **self._told,
         )
         out = (found[0] if return_lse else found).view(tokens, q.shape[1], self._rank)

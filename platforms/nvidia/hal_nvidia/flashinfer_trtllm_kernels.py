@@ -58,6 +58,7 @@ if TYPE_CHECKING:
 __all__ = ["KERNELS"]
 
 _DATACENTER = ("sm_100", "sm_103")
+_MODULES = {"fmha_v2": "_fmha_v2", "flashinfer_cudnn": "_flashinfer_cudnn"}
 _FP8 = "float8_e4m3fn"
 _BF16_OVER_FP8 = ">=0.6.18"
 _GRAPH_KEY = "before it, cuDNN graphs are found by shape alone and replayed for another scale, stride or dtype"
@@ -153,7 +154,7 @@ def _kernel(
         name=name,
         op="attention",
         phase=phase,
-        target=f"hal_nvidia.{'_fmha_v2' if library == 'fmha_v2' else '_flashinfer_trtllm'}:{library}_{phase}",
+        target=f"hal_nvidia.{_MODULES.get(library, '_flashinfer_trtllm')}:{library}_{phase}",
         priority=priority,
         platforms={"nvidia": Archs(only=archs)},
         needs=(Needs("torch", ">=2.6"), versions, *more),

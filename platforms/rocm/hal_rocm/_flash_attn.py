@@ -113,7 +113,7 @@ class Paged:
         v_scale: Tensor | None = None,
         return_lse: bool = False,
     ) -> Any:
-        if not q.shape[0]:
+        if not q.shape[0] or not step.max_q_len:
             out, lse = nothing(q, self._request, None, return_lse)
         else:
             out, lse = self._attend(q, k_cache, v_cache, step, payload, alibi_slopes, return_lse)

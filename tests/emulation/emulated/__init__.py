@@ -23,5 +23,6 @@ of the same parameters, and in a test::
         assert result.ok, result.detail
         lib.calls[-1].arguments["block_table"]
 
-An emulation is held against the real function by ``tests/gpu/test_nvidia_libraries.py``, where the hardware is.
+An emulation is held against the real function where the hardware is: ``tests/gpu/test_nvidia_emulations.py`` and
+``tests/gpu/test_nvidia_flashinfer_emulations.py``.
 """

@@ -26,7 +26,7 @@ from torch import Tensor
 
 import emulated.library
 import hal
-from emulated.attend import attend
+from emulated.attend import attend, with_garbage
 from emulated.named import by_name
 from emulated.signatures import functions as signatures
 from emulated.signatures import signature, versions
@@ -195,12 +195,13 @@ def _batch_prefill(
     require(max(q_lens) <= max_seqlen_q and max(kv_lens) <= max_seqlen_k, "the bounds are too small")
     mask = _Mask(softmax_scale, causal, tuple(window_size), logits_soft_cap, alibi_slopes, sink_ptr)
     found = []
-    for query, begin, length in zip(q.split(q_lens), kv_indptr.tolist(), kv_lens, strict=False):
+    for query, begin, length in zip(q[: sum(q_lens)].split(q_lens), kv_indptr.tolist(), kv_lens, strict=False):
         keys, values = _tiles(k, v, kv_page_indices, begin, length)
         out, lse = attend(query, keys[:length], values[:length], **mask.ck())
         found.append((_spoilt(out, values[length:]), lse))
     out, lse = torch.cat([o for o, _ in found]).to(q.dtype), torch.cat([own for _, own in found])
     lse = lse if sum(kv_lens) else torch.full_like(lse, math.inf)
+    out, lse = with_garbage(out, lse, q.shape[0])
     return (out, lse.t().contiguous()) if return_lse else out
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emulated.attend import attend, attend_rows, paged_rows
+from emulated.attend import attend, attend_rows, paged_rows, with_garbage
 from emulated.flash_attn_2 import require
 
 __all__ = ["CK", "TRITON"]
@@ -66,8 +66,9 @@ def flash_attn_varlen_func(
     if block_table is None:
         rows = _rows(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     else:
-        rows = _paged(q.split(cu_seqlens_q.diff().tolist()), k, v, block_table, cu_seqlens_k.diff())
-    out, lse = _ck(rows, q, v, softmax_scale, causal, window_size, alibi_slopes)
+        used = q[: int(cu_seqlens_q[-1])]
+        rows = _paged(used.split(cu_seqlens_q.diff().tolist()), k, v, block_table, cu_seqlens_k.diff())
+    out, lse = with_garbage(*_ck(rows, q, v, softmax_scale, causal, window_size, alibi_slopes), q.shape[0])
     return (out, lse.t(), None) if return_attn_probs else out
 
 

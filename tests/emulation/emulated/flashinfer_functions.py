@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from emulated.attend import attend, fresh_rows, with_garbage
+from emulated.flashinfer_memory import ABSENT, scratched, statistics, with_counters, with_semaphores
 
 __all__ = ["FUNCTIONS", "Masks", "attention"]
 
@@ -72,10 +73,6 @@ def _by_table(
     return with_garbage(out, lse, q.shape[0])
 
 
-def _zeroed(buffer: Tensor) -> None:
-    assert not buffer[: 1 << 20].any(), "the work buffer must be zero at first"
-
-
 def _scaled(q: Tensor, bmm1: float | Tensor, bmm2: float | Tensor) -> tuple[float, float]:
     for scale in (bmm1, bmm2):
         assert not isinstance(scale, Tensor) or (scale.dtype == torch.float32 and scale.numel() == 1)
@@ -86,18 +83,21 @@ def trtllm_batch_context_with_kv_cache(
     query: Tensor, kv_cache: Any, workspace_buffer: Tensor, block_tables: Tensor, seq_lens: Tensor, max_q_len: int,
     max_kv_len: int, bmm1_scale: Any, bmm2_scale: Any, batch_size: int, cum_seq_lens_q: Tensor, cum_seq_lens_kv: Tensor,
     window_left: int = -1, out_dtype: torch.dtype | None = None, kv_layout: str = "HND", sinks: Tensor | None = None,
-    causal: bool = True, return_lse: bool = False,
+    causal: bool = True, return_lse: bool = False, multi_ctas_kv_counter_buffer: Any = ABSENT,
 ) -> Any:  # fmt: skip
     assert query.dtype == kv_cache[0].dtype, "queries and keys of one format"
+    heads = query.shape[1]
+    needed = statistics(heads, batch_size, max_q_len, return_lse)
+    with_counters(workspace_buffer, multi_ctas_kv_counter_buffer, heads, batch_size, needed, splits=False)
     return _trtllm(
-        query, kv_cache, workspace_buffer, block_tables, seq_lens, max_q_len, max_kv_len, bmm1_scale, bmm2_scale,
+        query, kv_cache, block_tables, seq_lens, max_q_len, max_kv_len, bmm1_scale, bmm2_scale,
         batch_size, cum_seq_lens_q, cum_seq_lens_kv, window_left, out_dtype, kv_layout, sinks, causal, return_lse,
     )  # fmt: skip
 
 
 def _trtllm(
-    query: Tensor, kv_cache: Any, workspace_buffer: Tensor, block_tables: Tensor, seq_lens: Tensor, max_q_len: int,
-    max_kv_len: int, bmm1_scale: Any, bmm2_scale: Any, batch_size: int, cum_seq_lens_q: Tensor, cum_seq_lens_kv: Tensor,
+    query: Tensor, kv_cache: Any, block_tables: Tensor, seq_lens: Tensor, max_q_len: int, max_kv_len: int,
+    bmm1_scale: Any, bmm2_scale: Any, batch_size: int, cum_seq_lens_q: Tensor, cum_seq_lens_kv: Tensor,
     window_left: int, out_dtype: torch.dtype | None, kv_layout: str, sinks: Tensor | None, causal: bool,
     return_lse: bool,
 ) -> Any:  # fmt: skip
@@ -105,7 +105,6 @@ def _trtllm(
     out_dtype = out_dtype or query.dtype
     assert out_dtype in (query.dtype, torch.float16, torch.bfloat16)
     query = query.to(torch.float32) if query.itemsize == 1 else query
-    _zeroed(workspace_buffer)
     assert cum_seq_lens_kv.diff().tolist() == seq_lens.tolist(), "cumulative keys are counted in tokens"
     assert kv_layout == "HND"
     scale, v_scale = _scaled(query, bmm1_scale, bmm2_scale)
@@ -125,13 +124,17 @@ def trtllm_batch_decode_with_kv_cache(
     bmm1_scale: Any = 1.0, bmm2_scale: Any = 1.0, window_left: int = -1, out_dtype: torch.dtype | None = None,
     sinks: Tensor | None = None, kv_layout: str = "HND", backend: str = "auto", q_len_per_req: int | None = 1,
     max_q_len: int | None = None, cum_seq_lens_q: Tensor | None = None, return_lse: bool = False,
+    multi_ctas_kv_counter_buffer: Any = ABSENT,
 ) -> Any:  # fmt: skip
     assert backend == "trtllm-gen"
     assert q_len_per_req is None
     assert cum_seq_lens_q is not None
     assert max_q_len is not None
+    heads, rows = query.shape[1], len(seq_lens)
+    needed = statistics(heads, rows, max_q_len, return_lse)
+    with_counters(workspace_buffer, multi_ctas_kv_counter_buffer, heads, rows, needed)
     return _trtllm(
-        query, kv_cache, workspace_buffer, block_tables, seq_lens, max_q_len, max_seq_len, bmm1_scale, bmm2_scale,
+        query, kv_cache, block_tables, seq_lens, max_q_len, max_seq_len, bmm1_scale, bmm2_scale,
         len(seq_lens), cum_seq_lens_q, torch.cat([seq_lens.new_zeros(1), seq_lens.cumsum(0)]), window_left, out_dtype,
         kv_layout, sinks, True, return_lse,
     )  # fmt: skip
@@ -140,9 +143,9 @@ def trtllm_batch_decode_with_kv_cache(
 def trtllm_batch_decode_with_kv_cache_mla(
     query: Tensor, kv_cache: Tensor, workspace_buffer: Tensor, qk_nope_head_dim: int, kv_lora_rank: int,
     qk_rope_head_dim: int, block_tables: Tensor, seq_lens: Tensor, max_seq_len: int, bmm1_scale: Any = 1.0,
-    bmm2_scale: Any = 1.0, backend: str = "auto", return_lse: bool = False,
+    bmm2_scale: Any = 1.0, backend: str = "auto", return_lse: bool = False, multi_ctas_kv_counter_buffer: Any = ABSENT,
 ) -> Any:  # fmt: skip
-    """As many queries a row; the output is bfloat16; it clears the counters at the front of its buffer itself."""
+    """As many queries a row; the output is bfloat16."""
     assert backend == "trtllm-gen"
     rows, queries, heads, dim = query.shape
     size, entry = kv_cache.shape[1:]
@@ -156,7 +159,8 @@ def trtllm_batch_decode_with_kv_cache_mla(
     assert block_tables.shape[0] == len(seq_lens) == rows, "Expected batch size"
     assert block_tables.shape[1] % (128 / size) == 0, "Expected block_num % (128 / block_size) == 0"
     assert int(seq_lens.max()) <= max_seq_len
-    _zeroed(workspace_buffer)
+    needed = statistics(heads, rows, queries, return_lse)
+    with_counters(workspace_buffer, multi_ctas_kv_counter_buffer, heads, rows, needed)
     if query.dtype == torch.bfloat16:
         assert isinstance(bmm1_scale, float), "scales on the device are for FP8 tensor cores"
     scale, v_scale = _scaled(query, bmm1_scale, bmm2_scale)
@@ -172,32 +176,38 @@ def trtllm_batch_decode_with_kv_cache_mla(
 def xqa_batch_decode_with_kv_cache(
     query: Tensor, kv_cache: Any, workspace_buffer: Tensor, block_tables: Tensor, seq_lens: Tensor, max_seq_len: int,
     bmm1_scale: Any = 1.0, bmm2_scale: Any = 1.0, window_left: int = -1, sinks: Tensor | None = None,
-    kv_layout: str = "NHD", q_len_per_req: int | None = 1,
+    kv_layout: str = "NHD", q_len_per_req: int | None = 1, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    _zeroed(workspace_buffer)
+    with_semaphores(workspace_buffer)
+    assert len(query) == len(block_tables) == len(seq_lens), "one query a row"
     assert q_len_per_req == 1
     assert kv_cache[0].shape[1 if kv_layout == "NHD" else 2] in (16, 32, 64, 128)
     assert query.shape[-1] % 16 == 0
     scale, v_scale = _scaled(query, bmm1_scale, bmm2_scale)
     masks = Masks(False, window_left, 0.0, scale)
-    out, _ = _by_table(query, kv_cache, block_tables, [1] * len(query), seq_lens, masks, sinks, kv_layout)
-    return out * v_scale
+    found, _ = _by_table(query, kv_cache, block_tables, [1] * len(query), seq_lens, masks, sinks, kv_layout)
+    return found * v_scale if out is None else out.copy_(found * v_scale)
 
 
 def cudnn_batch_decode_with_kv_cache(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, workspace_buffer: Tensor, *, max_sequence_kv: int,
     actual_seq_lens_kv: Tensor | None = None, block_tables: Tensor | None = None, return_lse: bool = False,
-    q_len_per_req: int = 1, window_left: int = -1,
+    q_len_per_req: int = 1, window_left: int = -1, out: Tensor | None = None,
 ) -> Any:  # fmt: skip
+    scratched(workspace_buffer)
+    assert q_len_per_req >= 1
+    assert len(q) % q_len_per_req == 0
     assert actual_seq_lens_kv is not None
     assert actual_seq_lens_kv.shape[1:] == (1, 1, 1)
     assert block_tables is not None
     kv_lens = actual_seq_lens_kv.flatten()
     assert int(kv_lens.max()) <= max_sequence_kv
+    assert len(kv_lens) == len(block_tables) == len(q) // q_len_per_req
     q_lens = [q_len_per_req] * len(kv_lens)
     masks = Masks(True, window_left, 0.0, scale)
-    out, lse = _by_table(q, (k_cache, v_cache), block_tables, q_lens, kv_lens, masks, None, "HND")
-    return (out, lse) if return_lse else out
+    found, lse = _by_table(q, (k_cache, v_cache), block_tables, q_lens, kv_lens, masks, None, "HND")
+    found = found if out is None else out.copy_(found)
+    return (found, lse) if return_lse else found
 
 
 def cudnn_batch_prefill_with_kv_cache(
@@ -206,6 +216,7 @@ def cudnn_batch_prefill_with_kv_cache(
     actual_seq_lens_kv: Tensor | None = None, block_tables: Tensor | None = None, causal: bool, return_lse: bool,
     batch_offsets_q: Tensor | None = None, batch_offsets_units: str = "elements",
 ) -> Any:  # fmt: skip
+    scratched(workspace_buffer)
     assert actual_seq_lens_q is not None
     assert actual_seq_lens_kv is not None
     assert batch_offsets_q is not None
@@ -226,7 +237,7 @@ def trtllm_fmha_v2_prefill(
     bmm1_scale: float, bmm2_scale: float, batch_size: int, cum_seq_lens_q: Tensor, cum_seq_lens_kv: Tensor,
     sinks: Tensor | None = None, mask_mode: str = "causal",
 ) -> Tensor:  # fmt: skip
-    _zeroed(workspace_buffer)
+    scratched(workspace_buffer)
     assert input_layout == "SEPARATE_Q_K_V"
     assert all(x.is_contiguous() for x in qkv), "tensors are read by their shapes"
     q_lens, kv_lens = (x.diff().tolist() for x in (cum_seq_lens_q, cum_seq_lens_kv))

@@ -14,7 +14,7 @@ import emulated.mate
 import emulated.signatures
 import pytest
 import torch
-from emulated.replay import replays
+from emulated.replay import empty_steps, replays, smaller_steps
 
 import hal
 from hal import _bind
@@ -328,3 +328,16 @@ def test_a_graph_captured_with_short_rows_serves_longer_ones(phase: str, device:
         steps = [([2, 2], [2, 9]), *longer]
         for out, right in replays(lambda r: built(f"mate.{phase}", r, device()), wanted, steps):
             torch.testing.assert_close(out, right, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("phase", ["extend", "decode"])
+def test_a_step_of_fewer_rows_than_its_plan_and_one_of_none(phase: str, device: Device) -> None:
+    # requirement P37, D5
+    wanted = request(phases=(phase,), max_q_len=3)
+    with mate():
+        for found, right in smaller_steps(lambda r: built(f"mate.{phase}", r, device()), wanted):
+            torch.testing.assert_close(found, right, atol=2e-2, rtol=2e-2)
+        paged, cache = built(f"mate.{phase}", wanted, device()), torch.zeros(2, 16, 2, 64, dtype=torch.bfloat16)
+        for step, tokens in empty_steps(16):
+            q = torch.zeros(tokens, 4, 64, dtype=torch.bfloat16)
+            assert paged(q, cache, cache, step, paged.plan(step)).shape == (tokens, 4, 64)

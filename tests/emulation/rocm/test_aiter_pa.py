@@ -14,7 +14,7 @@ import pytest
 import torch
 from emulated.aiter_pa import installed
 from emulated.amd import KERNELS, built, check_corners, device_of, values
-from emulated.replay import replays
+from emulated.replay import empty_steps, replays, smaller_steps
 from torch import Tensor
 
 import hal
@@ -298,3 +298,15 @@ def test_a_graph_captured_with_short_rows_serves_longer_ones() -> None:  # requi
         steps = [([1, 1], [2, 9]), ([1, 1, 1], [100, 3, 128]), ([1], [60])]
         for out, right in replays(lambda r: built(NAME, r), request(), steps):
             torch.testing.assert_close(out, right, atol=2e-2, rtol=2e-2)
+
+
+def test_a_step_of_fewer_rows_than_its_plan_and_one_of_none() -> None:  # requirement P37, D5
+    wanted = request(max_q_len=3)
+    with installed():
+        for found, right in smaller_steps(lambda r: built(NAME, r), wanted):
+            torch.testing.assert_close(found, right, atol=2e-2, rtol=2e-2)
+        paged = built(NAME, wanted)
+        k_cache, v_cache = torch.zeros(2, 2, 8, 16, 8).bfloat16(), torch.zeros(2, 2, 64, 16).bfloat16()
+        for step, tokens in empty_steps(16):
+            q = torch.zeros(tokens, 4, 64, dtype=torch.bfloat16)
+            assert paged(q, k_cache, v_cache, step, paged.plan(step)).shape == (tokens, 4, 64)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from emulated.aiter import installed
 from emulated.amd import KERNELS, built, values
-from emulated.replay import replays
+from emulated.replay import empty_steps, replays, smaller_steps
 
 from hal_ops.attention import AttentionRequest
 from hal_ops.attention.cases import make_case
@@ -189,3 +189,15 @@ def test_a_graph_captured_with_short_rows_serves_longer_ones() -> None:  # requi
         steps = [([1, 1], [2, 9]), ([1, 1, 1], [100, 3, 128]), ([1], [60])]
         for out, right in replays(lambda r: built("aiter.decode", r), wanted, steps):
             torch.testing.assert_close(out, right, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("phase", ["extend", "decode"])
+def test_a_step_of_fewer_rows_than_its_plan_and_one_of_none(phase: str) -> None:  # requirement P37, D5
+    wanted = request(phases=(phase,))
+    with installed():
+        for found, right in smaller_steps(lambda r: built(f"aiter.{phase}", r), wanted):
+            torch.testing.assert_close(found, right, atol=2e-2, rtol=2e-2)
+        paged, cache = built(f"aiter.{phase}", wanted), torch.zeros(2, 16, 2, 64, dtype=torch.bfloat16)
+        for step, tokens in empty_steps(16):
+            q = torch.zeros(tokens, 4, 64, dtype=torch.bfloat16)
+            assert paged(q, cache, cache, step, paged.plan(step)).shape == (tokens, 4, 64)

@@ -12,7 +12,7 @@ import emulated.signatures
 import pytest
 import torch
 from emulated.amd import KERNELS, built, check_corners, device_of, values
-from emulated.replay import replays
+from emulated.replay import empty_steps, replays, smaller_steps
 
 import hal
 from hal.testing import check
@@ -192,3 +192,15 @@ def test_a_graph_captured_with_short_rows_serves_longer_ones(phase: str) -> None
     assert found
     for out, right in found:
         torch.testing.assert_close(out, right, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("phase", ["extend", "decode"])
+def test_a_step_of_fewer_rows_than_its_plan_and_one_of_none(phase: str) -> None:  # requirement P37, D5
+    wanted = request(phases=(phase,), max_q_len=3)
+    with aiter_triton():
+        for found, right in smaller_steps(lambda r: built(f"aiter_triton.{phase}", r), wanted):
+            torch.testing.assert_close(found, right, atol=2e-2, rtol=2e-2)
+        paged, cache = built(f"aiter_triton.{phase}", wanted), torch.zeros(2, 128, 2, 64, dtype=torch.bfloat16)
+        for step, tokens in empty_steps(128):
+            q = torch.zeros(tokens, 4, 64, dtype=torch.bfloat16)
+            assert paged(q, cache, cache, step, paged.plan(step)).shape == (tokens, 4, 64)

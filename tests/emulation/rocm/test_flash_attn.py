@@ -13,6 +13,7 @@ import pytest
 import torch
 from emulated import flash_attn_rocm
 from emulated.amd import KERNELS, built, check_corners, device_of, values
+from emulated.replay import empty_steps, smaller_steps
 
 import hal
 from hal.testing import check
@@ -156,3 +157,23 @@ def test_rows_past_the_last_whole_one_are_zeros() -> None:
     assert not out[4:].any()
     assert (lse[4:] == -torch.inf).all()
     assert library.calls[0].arguments["q"].shape == (2, 2, 4, 64)
+
+
+@pytest.mark.parametrize("name", ["fa2_ck.extend", "fa2_ck.decode"])
+def test_a_step_without_tokens(name: str) -> None:  # requirement D5
+    with flash_attn() as library:
+        paged = built(name, request(return_lse=True, phases=(name.rpartition(".")[2],)), "gfx90a")
+        cache = torch.zeros(2, 128, 2, 64, dtype=torch.bfloat16)
+        for step, tokens in empty_steps(128):
+            q = torch.zeros(tokens, 4, 64, dtype=torch.bfloat16)
+            out, lse = paged(q, cache, cache, step, paged.plan(step), return_lse=True)
+            assert (out.shape, lse.shape) == ((tokens, 4, 64), (tokens, 4))
+    assert not library.calls
+
+
+def test_a_step_of_fewer_rows_than_its_plan() -> None:  # requirement P37
+    for phase in ("extend", "decode"):
+        with flash_attn():
+            wanted = request(phases=(phase,), max_q_len=3)
+            for found, right in smaller_steps(lambda r, name=f"fa2_ck.{phase}": built(name, r, "gfx90a"), wanted):
+                torch.testing.assert_close(found, right, atol=2e-2, rtol=2e-2)
