@@ -129,10 +129,10 @@ def _fitted(kernel: Kernel, request: Request, around: Circumstances) -> Request 
         wrong = [r.field for r in why_not(kernel, request, around) if r.field in rules]
         if not wrong:
             return request
-        values = {field: _nearest(kernel, field, request) for field in dict.fromkeys(wrong)}
-        if any(value is None for value in values.values()):
-            return None
         try:
+            values = {field: _nearest(kernel, field, request, around) for field in dict.fromkeys(wrong)}
+            if any(value is None for value in values.values()):
+                return None
             request = _moved(request, {field: value[0] for field, value in values.items() if value})
         except ValueError:
             return None
@@ -150,13 +150,15 @@ def _moved(request: Request, values: Mapping[str, Any]) -> Request:
     return copy.replace(**follow)
 
 
-def _nearest(kernel: Kernel, field: str, request: Request) -> tuple[Any, ...] | None:
+def _nearest(kernel: Kernel, field: str, request: Request, around: Circumstances) -> tuple[Any, ...] | None:
     if field in kernel.fields:
         rule, value = kernel.fields[field], getattr(request, field)
         if isinstance(value, int) and rule.admits(value, request):
-            # The kernel's check refuses it: of the values that its declaration names, the closest.
+            # The kernel's check refuses it: of the values that its declaration names, the closest that it does not.
             others = [v for v in rule.corners(request) if isinstance(v, int) and v != value]
-            return tuple(sorted(others, key=lambda v: abs(v - value))[:1]) or None
+            others.sort(key=lambda v: abs(v - value))
+            served = (v for v in others if not why_not(kernel, _moved(request, {field: v}), around))
+            return tuple([*itertools.islice(served, 1), *others][:1]) or None
         return rule.nearest(value, request)[:1] or None
     neutral = request.rules()[field].neutral
     return (neutral(request) if callable(neutral) else neutral,)

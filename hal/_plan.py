@@ -219,7 +219,9 @@ def make_step(q_lens: Any, kv_lens: Any, block_table: Any, page_size: int, devic
 def _to_device(values: Sequence[int], device: torch.device) -> Tensor:
     import torch
 
-    return torch.tensor(values, dtype=torch.int32).to(device, non_blocking=True)
+    from hal_ops.uploads import staged
+
+    return staged(torch.tensor(values, dtype=torch.int32), device).to(device, non_blocking=True)
 
 
 def _slots(
@@ -228,11 +230,13 @@ def _slots(
     """``page * page_size + offset`` of each new token, from host lengths, without synchronisation."""
     import torch
 
+    from hal_ops.uploads import staged
+
     q, kv = torch.tensor(q_lens, dtype=torch.int64), torch.tensor(kv_lens, dtype=torch.int64)
     rows = torch.repeat_interleave(torch.arange(len(q_lens)), q, output_size=sum(q_lens))
     starts = kv - q.cumsum(0)
-    positions = (torch.arange(len(rows)) + starts[rows]).to(device, non_blocking=True)
-    rows = rows.to(device, non_blocking=True)
+    positions = staged(torch.arange(len(rows)) + starts[rows], device).to(device, non_blocking=True)
+    rows = staged(rows, device).to(device, non_blocking=True)
     if not len(q_lens) or not table.shape[1]:
         return positions
     pages = table[rows, torch.div(positions, page_size, rounding_mode="floor")].to(torch.int64)

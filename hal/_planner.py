@@ -98,7 +98,7 @@ class Planner:
             plan._payload = paged.plan(plan._step) if update is None else update(plan._step, plan._payload)
 
     def _asked(self, phase: str, step: Step) -> tuple[str, str]:
-        """The same for a phase that was asked for."""
+        """A phase that was asked for, and when k and v of the step are written."""
         has = self._implementations
         if phase not in has:
             raise InputError(f"phase={phase!r}: this handle has {', '.join(has)}.{did_you_mean(str(phase), has)}")

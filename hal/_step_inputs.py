@@ -71,6 +71,8 @@ def page_table(block_table: Any, kv_lens: tuple[int, ...], page_size: int, devic
     """
     import torch
 
+    from hal_ops.uploads import staged
+
     table = block_table
     if not isinstance(table, torch.Tensor):
         table = _from_rows(_rows(block_table), kv_lens, page_size)
@@ -85,7 +87,8 @@ def page_table(block_table: Any, kv_lens: tuple[int, ...], page_size: int, devic
             f"block_table has {table.shape[1]} pages a row, and the longest kv_len ({longest}) takes {pages} "
             f"of {page_size} tokens"
         )
-    there: Tensor = table.to(device=device, dtype=torch.int32, non_blocking=True)
+    own = table is not block_table or table.dtype != torch.int32
+    there: Tensor = staged(table.to(torch.int32), device, own=own).to(device, non_blocking=True)
     return there.contiguous()
 
 

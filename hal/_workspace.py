@@ -20,7 +20,8 @@ _lock = threading.Lock()
 class Workspace:
     """Named scratch buffers on one device. A buffer keeps its address until its owner asks for a larger one.
 
-    Kernels take their scratch from here when they plan, never while they run. After :meth:`freeze`, which belongs right
+    Kernels take from here, when they plan and never while they run, what is not a plan's own: work buffers that several
+    plans share, one after the other. After :meth:`freeze`, which belongs right
     before a graph capture, no buffer may grow: captured graphs hold the addresses.
     """
 

@@ -115,11 +115,16 @@ def test_dims_move_together(fake_platform: Any, attention_kernel: Any) -> None:
     assert dict(miss.changes) == {"head_dim": 64, "v_head_dim": 64}
 
 
-@pytest.mark.parametrize(("head_dim", "proposed"), [(72, 64), (90, 80), (180, 192)])
-def test_what_a_check_refuses_moves_to_the_closest_value(head_dim: int, proposed: int) -> None:
-    """The declaration admits the value, so that its bounds say nothing; Triton's heads on Hopper are such a case."""
+@pytest.mark.parametrize(
+    ("head_dim", "kv_dtype", "proposed"),
+    [(48, "float8_e4m3fn", 64), (16, "float8_e4m3fn", 64), (40, "float8_e4m3fn", 64)],
+)
+def test_what_a_check_refuses_moves_to_the_closest_value(head_dim: int, kv_dtype: str, proposed: int) -> None:
+    """The declaration admits the value, so that its bounds say nothing; Triton's short heads in FP8 are such a case."""
     with hal.simulate("nvidia:sm_90,cuda=13.0,driver=580.65", libraries={"torch": "2.11.0", "triton": "3.6.0"}):
-        selection = hal.select(request(head_dim=head_dim, page_size=16, kv_layout="NHD", phases=("extend",)))
+        selection = hal.select(
+            request(head_dim=head_dim, kv_dtype=kv_dtype, page_size=16, kv_layout="NHD", phases=("extend",))
+        )
     changes = [dict(m.changes) for m in selection.near_misses() if m.kernels == ("triton.extend",)]
     assert changes == [{"head_dim": proposed, "v_head_dim": proposed}]
 

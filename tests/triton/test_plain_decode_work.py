@@ -47,6 +47,9 @@ def test_every_key_is_in_one_item(cut: Cut, kv_lens: list[int], spare: int, data
     most, most_slots = most_items(cut, len(kv_lens), tokens)
     assert len(work) <= most
     assert work.slots <= most_slots
+    assert most_slots <= (16 * len(kv_lens) if cut.fixed else 4 * len(kv_lens) + cut.items()), (
+        "docs/attention.md says so"
+    )
     found: dict[int, list[tuple[int, ...]]] = {}
     written = set()
     for row, token, count, kv_len, begin, end, slot, split in items(work):

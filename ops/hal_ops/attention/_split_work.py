@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hal_ops.attention._decode_work import FIELDS, Cut, Work, most_items, work_of
 from hal_ops.attention.contract import Step
+from hal_ops.uploads import staged
 
 __all__ = ["Payload", "SplitWork"]
 
@@ -88,6 +89,7 @@ class SplitWork:
         numbers = work.numbers
         numbers.frombytes(bytes(4 * (payload.work.numel() - len(numbers))))
         if numbers:
-            payload.work.copy_(torch.frombuffer(numbers, dtype=torch.int32), non_blocking=True)
+            given = staged(torch.frombuffer(numbers, dtype=torch.int32), payload.work.device)
+            payload.work.copy_(given, non_blocking=True)
         payload.programs = items * self.cut.programs
         return payload

@@ -35,6 +35,7 @@ from hal_ops.attention.request import AttentionRequest
 from hal_ops.attention.triton_common import tile
 from hal_ops.attention.triton_limits import heads
 from hal_ops.kv_layout import VECTORS, by_token
+from hal_ops.uploads import staged
 
 __all__ = ["extend", "extend_kernel"]
 
@@ -157,12 +158,14 @@ class _Extend:
         if any(isinstance(config, Hopper) for config in self.configs) or block_m > largest:
             block_m = largest
         tokens = self._ways(block_m)[0].tokens
-        tiles = self._list(step, tokens).to(step.cu_seqlens_q.device, non_blocking=True)
+        device = step.cu_seqlens_q.device
+        tiles = staged(self._list(step, tokens), device).to(device, non_blocking=True)
         return Tiles(block_m, tokens, tiles, self._padded(step))
 
     def update(self, step: Step, payload: Tiles) -> Tiles:
         """The plan of another step in the same place, for graphs that hold its address."""
-        payload.table.copy_(self._list(step, payload.tokens), non_blocking=True)
+        tiles = staged(self._list(step, payload.tokens), payload.table.device)
+        payload.table.copy_(tiles, non_blocking=True)
         payload.padded = self._padded(step)
         return payload
 

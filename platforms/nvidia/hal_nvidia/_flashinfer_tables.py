@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hal_ops.attention import Step
+from hal_ops.uploads import staged
 
 __all__ = ["Tables", "cumulative", "page_tables"]
 
@@ -68,4 +69,5 @@ def _page_ids(block_table: Tensor, pages: Tensor) -> Tensor:
     rows = torch.arange(pages.shape[0], dtype=torch.int32)
     jumps = rows * block_table.shape[1] - (pages.cumsum(0, dtype=torch.int32) - pages)
     where = torch.repeat_interleave(jumps, pages, output_size=total) + torch.arange(total, dtype=torch.int32)
-    return block_table.reshape(-1).index_select(0, where.to(block_table.device, non_blocking=True))
+    there = staged(where, block_table.device).to(block_table.device, non_blocking=True)
+    return block_table.reshape(-1).index_select(0, there)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from emulated import flash_attn_4, hardware, nvidia, operators, signatures, torch_attention
+from emulated import flash_attn_4, hardware, nvidia, operators, torch_attention
 
 import hal
 import hal_nvidia
