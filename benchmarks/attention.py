@@ -34,6 +34,9 @@ PARTS = ("prefill", "extend", "decode", "latent", "ops", "host")
 
 Row = dict[str, Any]
 
+_LONGEST = 400
+"""Characters of why a side did not run: a compiler can say thousands."""
+
 
 def run_case(case: Case | LatentCase, sides: Sequence[Side], clock: Clock, rates: dict[str, float]) -> Row:
     """One case by every side: ``{"case", "phase", "flop", "bytes", "sides": {name: figures or {"missing": why}}}``."""
@@ -50,7 +53,7 @@ def run_case(case: Case | LatentCase, sides: Sequence[Side], clock: Clock, rates
             about = {"kernel": runs.kernel, "error": error, "timed by": timed[side.name].how}
             row["sides"][side.name] = about | ({"note": runs.note} if runs.note else {})
         except MissingError as error:
-            row["sides"][side.name] = {"missing": str(error)}
+            row["sides"][side.name] = {"missing": str(error)[:_LONGEST]}
         except Exception as error:
             row["sides"][side.name] = {"missing": f"failed: {reason_of(error)}"}
     try:
