@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from hal._plan import make_step
 from hal_ops._gpu import Gpu
 from hal_ops.attention import AttentionRequest
 from hal_ops.attention._triton_configs import (
@@ -92,6 +93,31 @@ def test_long_and_uneven_tiles_are_handed_out_by_the_hardware(
 ) -> None:
     impl: Any = prefill(request_of(**fields), "cpu")
     assert impl._loop(impl.ways[0], keys, tiles, sections) is loop
+
+
+@pytest.mark.usefixtures("sm_90")
+@pytest.mark.parametrize(
+    ("fields", "rows", "loop"),
+    [
+        ({}, [(512, 512)] * 4, True),
+        ({}, [(512, 8704)] * 8, False),
+        ({}, [(16, 200), (256, 32768)], False),
+        ({"window": 1024}, [(512, 8704)] * 8, True),
+        ({"causal": False}, [(4096, 4096)], False),
+        ({"kv_dtype": "float8_e4m3fn", "page_size": 64}, [(512, 8704)] * 8, True),
+        ({}, [], True),
+    ],
+    ids=str,
+)
+def test_programs_of_several_tiles_are_for_short_ones(
+    fields: dict[str, Any], rows: list[tuple[int, int]], loop: bool
+) -> None:
+    impl: Any = extend(request_of(dtype="bfloat16", **fields), "cpu")
+    q_lens, kv_lens = ([pair[i] for pair in rows] for i in range(2))
+    step = make_step(q_lens, kv_lens, torch.zeros(len(rows), 2048, dtype=torch.int32), 16, torch.device("cpu"))
+    assert impl._loop(step, 32) is loop
+    other = config_of("sm_90", impl.request)
+    assert extend(impl.request, "cpu", configs=(other,))._loop(step, 32) is False  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)

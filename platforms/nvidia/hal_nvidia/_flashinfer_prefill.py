@@ -79,19 +79,22 @@ class Prefill:
         batch, q_len, kv_len = q.shape[0], q.shape[1], k.shape[1]
         size = (batch, q_len, self._request.num_q_heads, self._request.v_head_dim)
         rows_of_q, rows_of_k, rows_of_v = (_rows_of(x) for x in (q, k, v))
-        place = self._place
+        place, shaped = self._place, operator.methodcaller("view", size)
+        if batch == 1:
+            shaped = operator.methodcaller("unsqueeze", 0)
 
-        def planned() -> tuple[int, Planned]:
-            return pool.stream_of(place), self._dense_plan(batch, q_len, kv_len)
+        def planned() -> tuple[int, Callable[..., Any], Planned]:
+            plan = self._dense_plan(batch, q_len, kv_len)
+            return pool.stream_of(place), plan.alike(), plan
 
         known = planned()
 
         def call(q: Tensor, k: Tensor, v: Tensor) -> Any:
             nonlocal known
-            stream, plan = known
+            stream, run, _ = known
             if stream != pool.stream_of(place):
-                _, plan = known = planned()
-            return plan(rows_of_q(q), rows_of_k(k), rows_of_v(v)).view(size)
+                _, run, _ = known = planned()
+            return shaped(run(rows_of_q(q), rows_of_k(k), rows_of_v(v)))
 
         return call
 
@@ -182,6 +185,10 @@ class Planned:
         for hole in self._holes:
             lse[hole] = -math.inf
         return out, lse
+
+    def alike(self) -> Callable[..., Any]:
+        """What to call with q, k and v of the planned lengths, while this is alive: the library's own, if it fills all."""
+        return self._run if type(self) is Planned and self._tokens and not self._holes else self
 
     def _padded(self, q: Tensor, k: Tensor, v: Tensor, return_lse: bool) -> Any:
         """A call with room for more tokens than there are, or without any: zeros where nothing is asked."""
