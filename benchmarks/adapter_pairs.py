@@ -216,6 +216,7 @@ def _module(name: str) -> Any:
 def _watched(owner: Any, name: str, seen: list[Call]) -> Iterator[None]:
     original, own = getattr(owner, name), name in vars(owner)
 
+    @functools.wraps(original)
     def spy(*args: Any, **kwargs: Any) -> Any:
         seen.append(functools.partial(original, *args, **kwargs))
         return original(*args, **kwargs)

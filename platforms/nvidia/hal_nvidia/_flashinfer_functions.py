@@ -21,13 +21,23 @@ _LN_2 = math.log(2.0)
 
 
 class Paged:
-    """A paged phase. Subclasses map the contract's arguments onto ``function`` in :meth:`_attend`."""
+    """A paged phase. Subclasses map the contract's arguments onto ``function`` in :meth:`_attend`.
+
+    Args:
+        zeroed, splits: see :class:`Workplace`.
+    """
 
     def __init__(
-        self, request: AttentionRequest, device: hal.Device, function: Callable[..., Any], **memory: bool
+        self,
+        request: AttentionRequest,
+        device: hal.Device,
+        function: Callable[..., Any],
+        *,
+        zeroed: bool = False,
+        splits: bool = True,
     ) -> None:
         self._function = function
-        self._memory = Workplace(request, device, function, **memory)
+        self._memory = Workplace(request, device, function, zeroed=zeroed, splits=splits)
         self._scale = request.softmax_scale
         self._layout = request.kv_layout
         self._left = -1 if request.window[0] is None else request.window[0]

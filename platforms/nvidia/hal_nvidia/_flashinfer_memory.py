@@ -69,7 +69,7 @@ class Workplace:
         self._heads = request.num_q_heads
         self._lse = request.return_lse
         self._graph = request.graph
-        self._width = request.v_head_dim
+        self._width = request.kv_lora_rank if isinstance(request, MlaAttentionRequest) else request.v_head_dim
         self._counted = _COUNTERS in inspect.signature(function).parameters
         self._zeroed = zeroed and not self._counted
         self._splits = splits
@@ -80,33 +80,37 @@ class Workplace:
         Raises:
             WorkspaceError: the pool is frozen, and too small.
         """
+        size = self._size(step)
         count = 4 * -(-max(step.batch * self._heads, self._processors) // 8) * 8
-        statistics = self._statistics(step)
         if self._graph:
-            counters = torch.zeros(count, dtype=torch.uint8, device=self._place) if self._counted else None
-            return Memory(self._own(statistics), counters)
+            return Memory(self._own(size), self._empty(count).zero_() if self._counted else None)
         stream = pool.stream_of(self._place)
         take = pool.zeroed if self._zeroed else pool.for_functions
         counters = None
         if self._counted:
             counters = pool.counters(self._place, stream, max(count, _FEWEST_COUNTERS))
-        return Memory(take(self._place, stream, statistics), counters)
+        return Memory(take(self._place, stream, size), counters)
 
     def update(self, step: Step, payload: Memory) -> Memory:
         """The memory of the same plan for another step: graphs hold its addresses."""
         return payload if self._graph else self.plan(step)
 
-    def _statistics(self, step: Step) -> int:
-        """Bytes for a maximum and a sum of each query that a row may have, and what the library keeps behind them."""
-        if not self._lse:
-            return 0
-        queries = -(-max(1, step.max_q_len) // _STATISTICS) * _STATISTICS
-        return 8 * self._heads * step.batch * queries + _MIB
+    def _size(self, step: Step) -> int:
+        """Bytes that the calls of a plan may need: the zeros, partial results, and for an LSE a maximum and a sum of each
+        query that a row may have, with what the library keeps behind them."""
+        size = (pool.ZEROED if self._zeroed else 0) + _MIB
+        if self._splits:
+            size += self._processors * _SPLIT_ROWS * (2 * self._width + 8)
+        if self._lse:
+            queries = -(-max(1, step.max_q_len) // _STATISTICS) * _STATISTICS
+            size += 8 * self._heads * step.batch * queries + _MIB
+        return size
 
-    def _own(self, statistics: int) -> Tensor:
-        partial = self._processors * _SPLIT_ROWS * (2 * self._width + 8) if self._splits else 0
-        size = (pool.ZEROED if self._zeroed else 0) + statistics + partial + _MIB
-        buffer = torch.empty(size, dtype=torch.uint8, device=self._place)
+    def _own(self, size: int) -> Tensor:
+        buffer = self._empty(size)
         if self._zeroed:
             buffer[: pool.ZEROED].zero_()
         return buffer
+
+    def _empty(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, device=self._place)

@@ -128,22 +128,23 @@ def scratch(device: torch.device, stream: int, num_bytes: int) -> Tensor:
     return hal.workspace(device).get(f"flashinfer, stream {stream:#x}", num_bytes)
 
 
-def for_functions(device: torch.device, stream: int, more: int = 0) -> Tensor:
-    """The buffer of the functions that leave anything in it, one a stream: ``more`` bytes than are recommended.
+def for_functions(device: torch.device, stream: int, num_bytes: int = 0) -> Tensor:
+    """The buffer of the functions that leave anything in it, one a stream: what is recommended, if not more.
 
     Raises:
         WorkspaceError: as :func:`scratch`.
     """
-    return hal.workspace(device).get(f"flashinfer functions, stream {stream:#x}", _FUNCTIONS + more)
+    return hal.workspace(device).get(f"flashinfer functions, stream {stream:#x}", max(_FUNCTIONS, num_bytes))
 
 
-def zeroed(device: torch.device, stream: int, more: int = 0) -> Tensor:
+def zeroed(device: torch.device, stream: int, num_bytes: int = 0) -> Tensor:
     """The same of the functions that count on zeros at the front of theirs, and leave zeros there.
 
     Raises:
         WorkspaceError: as :func:`scratch`.
     """
-    return _with_zeros(device, f"flashinfer functions with semaphores, stream {stream:#x}", _FUNCTIONS + more, ZEROED)
+    owner = f"flashinfer functions with semaphores, stream {stream:#x}"
+    return _with_zeros(device, owner, max(_FUNCTIONS, num_bytes), ZEROED)
 
 
 def counters(device: torch.device, stream: int, num_bytes: int) -> Tensor:

@@ -41,8 +41,10 @@ def _flashinfer(module: str) -> Any:
 class _Trtllm(Paged):
     """Queries go over an FP8 cache as they are, where the request does not permit FP8 ones. The output's format is said."""
 
-    def __init__(self, request: AttentionRequest, device: hal.Device, function: Any, **memory: bool) -> None:
-        super().__init__(request, device, function, **memory)
+    def __init__(
+        self, request: AttentionRequest, device: hal.Device, function: Any, *, zeroed: bool = False, splits: bool = True
+    ) -> None:
+        super().__init__(request, device, function, zeroed=zeroed, splits=splits)
         if request.fp8_query and is_fp8(request.kv_dtype):
             self._quantize = quantizer(request, device)
 

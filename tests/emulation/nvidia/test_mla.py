@@ -13,9 +13,11 @@ from emulated.library import Installed
 
 import hal
 from hal import testing
+from hal._plan import Buffers, make_step
 from hal_nvidia import flashinfer_mla_kernels
 from hal_nvidia._flashinfer_pool import _idle
-from hal_ops.mla_attention import PHASES, MlaAttentionRequest
+from hal_ops import resolve_target
+from hal_ops.mla_attention import MLA_ATTENTION, PHASES, MlaAttentionRequest
 from hal_ops.mla_attention.cases import make_case
 
 KERNEL = "flash_attn_with_kvcache"
@@ -64,15 +66,27 @@ def test_the_latent_is_the_value_and_part_of_the_key(fa3: Installed) -> None:
     assert call["softmax_scale"] == 0.3
 
 
-def test_a_graph_is_launched_for_the_longest_queries(fa3: Installed) -> None:
+@pytest.mark.parametrize(("phase", "most"), [("decode", 3), ("extend", 9)])
+def test_a_graph_is_launched_for_the_longest_queries(phase: str, most: int, fa3: Installed) -> None:
+    # requirement E3, E12, P37
+    """Of every step that its plan may be filled with: a replay is the first call made again."""
     from hal_nvidia import _flash_attn_3_mla
 
-    for phase, bound in (("decode", 3), ("extend", 4)):
-        request = request_of(graph=True, max_q_len=3)
-        made = getattr(_flash_attn_3_mla, phase)(request, hardware.device_of("sm_90"))
-        case = make_case(request, phase, lengths=[(1, 20), (2, 9), (1, 5)])
-        assert made.plan(case.args[2]) == bound
-    assert made.plan(make_case(request, "extend", lengths=[(0, 5)]).args[2]) == 0
+    request = request_of(graph=True, max_q_len=3)
+    made = getattr(_flash_attn_3_mla, phase)(request, hardware.device_of("sm_90"))
+    assert made.plan(make_case(request, phase, lengths=[(0, 5)]).args[2]) == 0
+    right: Any = resolve_target(MLA_ATTENTION.reference[phase])(request.replace(graph=False), torch.device("cpu"))
+    buffers, table = Buffers(3, 9, 2, torch.device("cpu"), most), torch.randperm(6).int().view(3, 2)
+    size, q = int(request.page_size), torch.zeros(9, 4, 576, dtype=getattr(torch, request.dtype))
+    cache = torch.randn(6, size, 576).to(q.dtype)
+    held: tuple[Any, ...] = ()
+    for q_lens, kv_lens in (([], []), ([3, 3], [5, 2 * size]), ([1], [7]), ([most], [most])):
+        step = make_step(q_lens, kv_lens, table[: len(q_lens)], size, torch.device("cpu"))
+        fixed, count = buffers.fill(step), sum(q_lens)
+        held = held or (fixed, made.plan(fixed))
+        assert held[1] == most
+        found = made(q.normal_(), cache, *held)[:count]
+        torch.testing.assert_close(found, right(q[:count], cache, step, None)[:count], atol=2e-2, rtol=2e-2)
 
 
 def test_no_keys_and_no_queries_reach_the_library_at_all(fa3: Installed) -> None:
