@@ -233,7 +233,7 @@ EXPERT = {
     ("sm_90", f"Llama-3-8B {FP8}"): "fa3.prefill, triton.extend, triton.decode",
     ("sm_90", f"Llama-3-8B {FP8}, FP8 queries"): "fa3.prefill, fa3.extend, triton.decode",
     ("sm_90", "GPT-OSS-120B sliding bfloat16"): "fa3.prefill, fa3.extend, triton.decode",
-    ("sm_90", "Gemma-2-9B sliding bfloat16"): "flashinfer_fa3.prefill, flashinfer_fa3.extend, triton.decode",
+    ("sm_90", "Gemma-2-9B sliding bfloat16"): "triton.prefill, triton.extend, triton.decode",
     # Blackwell's datacenter chips: flash-attention 4 for prompts, trtllm-gen over pages.
     ("sm_100", "Qwen3-32B bfloat16"): "fa4.prefill_sm100, trtllm_gen.extend, trtllm_gen.decode",
     ("sm_103", f"Llama-3-8B {FP8}, FP8 queries"): "fa4.prefill_sm100, trtllm_gen.extend, trtllm_gen.decode",

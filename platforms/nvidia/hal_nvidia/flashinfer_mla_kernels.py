@@ -13,7 +13,8 @@ Read from flashinfer-python 0.5.3 to 0.6.18.post1 (``flashinfer/mla*``, ``includ
   ``cluster_size``), and rows that a smaller step leaves empty change it.
 * 0.7 is not declared: 0.7.4's ``plan`` reads page ids back from the device (``_fa_common.py``, ``torch.aminmax``).
 
-Bands: as flashinfer's other decode kernels where fa3 is, and as its prefill where fa2 is; not measured here.
+Bands: as flashinfer's other decode kernels where fa3 is, and as its prefill where fa2 is. On an H200 fa3 takes 0.58 of the
+time of the portable kernel over four shapes of DeepSeek-V3.
 """
 
 from __future__ import annotations
@@ -87,7 +88,8 @@ def _kernel(backend: str, priority: int, archs: tuple[str, ...]) -> Kernel:
         check=_fa3 if backend == "fa3" else _fa2,
         copies="the output, where a plan of fixed size is called with more tokens than its rows have",
         copies_with={"kv_dtype": "q, times the scale of the cache"},
-        evidence={"*": "emulated"},
+        evidence={"sm_90": "run", "*": "emulated"},
+        evidence_with={"kv_dtype": "emulated"},
         note=f"BatchMLAPagedAttentionWrapper, {backend}",
     )
 

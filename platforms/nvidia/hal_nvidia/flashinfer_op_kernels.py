@@ -49,7 +49,7 @@ def _kernel(
         check=toolkit,
         copies=copies,
         copies_with=copies_with,
-        evidence={"*": "emulated"},
+        evidence={"sm_90": "run", "*": "emulated"},
         note="compiles on first use",
     )
 
