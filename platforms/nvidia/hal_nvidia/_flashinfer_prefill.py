@@ -175,6 +175,9 @@ class Planned:
     ) -> Any:
         if q.shape[0] != self._tokens or not self._tokens:
             return self._padded(q, k, v, return_lse)
+        return self._attend(q, k, v, return_lse)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, return_lse: bool) -> Any:
         found = self._run(q, k, v, return_lse=return_lse)
         out, lse = found if return_lse else (found, None)
         for hole in self._holes:
@@ -209,7 +212,7 @@ class _Trimmed(Planned):
         super().__init__(taken, [], tokens, v_head_dim)
         self._kept = kept
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False, **lengths: Any) -> Any:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, return_lse: bool) -> Any:
         out = q.new_zeros((*q.shape[:2], self._v_head_dim))
         lse = out.new_full(out.shape[:2], -math.inf, dtype=torch.float32)
         rows = torch.cat([q[part] for part in self._kept])
