@@ -37,7 +37,6 @@ def _kernels(op: str) -> tuple[Kernel, ...]:
         fields={**fields, "deterministic": _FLAG, "graph": _FLAG},
         check=None if op == "kv_pages_copy" else cache_format,
         evidence=_EVIDENCE,
-        evidence_with={"graph": "compiled"},
     )
     ranks = (
         ("torch", code.format(f"torch_{_MODULES[op]}"), Band.PORTABLE, {**all_formats, "graph": _FLAG}, "torch ops"),
