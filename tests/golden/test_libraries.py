@@ -52,7 +52,7 @@ KINDS: dict[str, Request] = {
 }
 """Layers of no model of the list, for which there are kernels that are chosen for nothing else."""
 _MEASURED = "on Hopper Triton's are above it, as they were measured, and take all that it takes"
-UNCHOSEN = {"fa4.extend": _MEASURED, "fa4.decode": _MEASURED}
+UNCHOSEN = dict.fromkeys(("fa4.extend", "fa4.decode", "flashinfer_fa3.prefill", "flashinfer_fa3.extend"), _MEASURED)
 """Kernels that occur in no cell, and why."""
 EXPLAINED = (
     "Llama-3-8B bfloat16", f"Llama-3-8B {FP8}", f"Llama-3-8B {FP8}, FP8 queries", "GPT-OSS-120B sliding bfloat16",
@@ -218,8 +218,9 @@ def test_every_kernel_that_can_be_chosen_is_chosen_in_some_cell() -> None:  # re
 
 @pytest.mark.parametrize("name", UNCHOSEN)
 def test_what_is_chosen_in_no_cell_is_chosen_without_triton(name: str) -> None:  # requirement R12
-    phase = name.partition(".")[2]
-    with hal.simulate(f"nvidia:sm_90,cuda={CUDA}", libraries={"torch": BASE["torch"], **FA4}):
+    library, _, phase = name.partition(".")
+    own = FA4 if library == "fa4" else {"flashinfer-python": "0.6.13"}
+    with hal.simulate(f"nvidia:sm_90,cuda={CUDA}", libraries={"torch": BASE["torch"], **own}):
         assert hal.select(layers()["Llama-3-8B bfloat16"]).kernels()[phase] == name
 
 
