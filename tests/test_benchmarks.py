@@ -156,8 +156,3 @@ def test_the_choice_is_close_to_the_best_that_was_measured(script: Any, without:
     assert [row.case for row in found if row.ratio is None] == []
     assert [row for row in found if row.ratio < 0.7] == []
     assert choices.geometric_mean(found) > 0.95
-
-
-@pytest.mark.parametrize("file", sorted((FOLDER / "results").glob("*.json")), ids=lambda file: file.name)
-def test_results_that_are_kept_can_be_read(file: Path) -> None:
-    assert json.loads(file.read_text(encoding="utf-8"))

@@ -17,14 +17,11 @@ import hal
 from hal._libraries import installed
 from hal._plan import Buffers, make_step
 from hal.testing import check
-from hal_nvidia import NvidiaPlatform, flashinfer_kernels, flashinfer_op_kernels, flashinfer_trtllm_kernels
+from hal_nvidia import NvidiaPlatform, flashinfer_kernels, flashinfer_trtllm_kernels
 from hal_nvidia._flashinfer_pool import _idle
 from hal_ops import resolve_target
 from hal_ops.attention import AttentionRequest
 from hal_ops.attention.cases import make_case
-from hal_ops.gelu_and_mul import GeluAndMulRequest
-from hal_ops.rms_norm import RmsNormRequest
-from hal_ops.silu_and_mul import SiluAndMulRequest
 
 pytestmark = [
     pytest.mark.gpu,
@@ -32,11 +29,7 @@ pytestmark = [
     pytest.mark.filterwarnings("default"),
 ]
 
-KERNELS = {
-    k.name: k
-    for module in (flashinfer_kernels, flashinfer_trtllm_kernels, flashinfer_op_kernels)
-    for k in module.KERNELS
-}
+KERNELS = {k.name: k for module in (flashinfer_kernels, flashinfer_trtllm_kernels) for k in module.KERNELS}
 LLAMA: dict[str, Any] = {"num_q_heads": 8, "num_kv_heads": 2, "head_dim": 128, "page_size": 16, "kv_layout": "NHD"}
 QWEN: dict[str, Any] = {**LLAMA, "num_q_heads": 14, "head_dim": 64, "dtype": "float16"}
 LSE: dict[str, Any] = {"return_lse": True, "deterministic": True}
@@ -127,21 +120,6 @@ def test_xqa_over_fp8_lets_nan_through(device: hal.Device) -> None:  # requireme
     case = make_case(request, "decode", device="cuda", lengths=[(1, 9), (1, 16), (1, 33), (1, 32)])
     out = paged(*case.args, paged.plan(case.args[3]), **case.kwargs)
     assert out.isnan().flatten(1).all(1).tolist() == [True, False, True, False]
-
-
-@pytest.mark.parametrize(
-    "request_",
-    [
-        RmsNormRequest(hidden_size=4096),
-        RmsNormRequest(hidden_size=128, dtype="float16", weight_offset=1.0, graph=True),
-        SiluAndMulRequest(hidden_size=1032, deterministic=True),
-        GeluAndMulRequest(hidden_size=2048, approximate="tanh"),
-    ],
-    ids=lambda r: f"{r.op}-{r.hidden_size}",
-)
-def test_rows(request_: Any, device: hal.Device) -> None:
-    result = check(KERNELS[f"flashinfer.{request_.op}"], request_, device=device)
-    assert result.ok, result
 
 
 def build(name: str, device: hal.Device, **fields: Any) -> tuple[AttentionRequest, Any]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 from torch import Tensor
 
 import hal
-from hal_nvidia._flashinfer_functions import Paged
+from hal_nvidia._flashinfer_functions import Caches, Paged, flashinfer
 from hal_nvidia._flashinfer_memory import Memory
 from hal_ops.attention import AttentionRequest, Step
 
@@ -17,16 +16,12 @@ __all__ = ["flashinfer_cudnn_decode", "flashinfer_cudnn_extend"]
 
 def flashinfer_cudnn_decode(request: AttentionRequest, device: hal.Device) -> Paged:
     """``cudnn_batch_decode_with_kv_cache``."""
-    return _Cudnn(request, device, _flashinfer("cudnn").cudnn_batch_decode_with_kv_cache)
+    return _Cudnn(request, device, flashinfer("cudnn").cudnn_batch_decode_with_kv_cache)
 
 
 def flashinfer_cudnn_extend(request: AttentionRequest, device: hal.Device) -> Paged:
     """``cudnn_batch_prefill_with_kv_cache``."""
-    return _CudnnExtend(request, device, _flashinfer("cudnn").cudnn_batch_prefill_with_kv_cache)
-
-
-def _flashinfer(module: str) -> Any:
-    return importlib.import_module(f"flashinfer.{module}")
+    return _CudnnExtend(request, device, flashinfer("cudnn").cudnn_batch_prefill_with_kv_cache)
 
 
 class _Cudnn(Paged):
@@ -34,16 +29,9 @@ class _Cudnn(Paged):
     on the keys is the block table's, whatever the step holds."""
 
     def _attend(
-        self,
-        q: Tensor,
-        caches: tuple[Tensor, Tensor],
-        step: Step,
-        memory: Memory,
-        sinks: Tensor | None,
-        scale: float | Tensor,
-        v_scale: Tensor | None,
-        return_lse: bool,
-    ) -> Any:
+        self, q: Tensor, caches: Caches, step: Step, memory: Memory, sinks: Tensor | None, scale: float | Tensor,
+        v_scale: Tensor | None, return_lse: bool,
+    ) -> Any:  # fmt: skip
         rows = step.num_tokens // step.max_q_len
         q, whole_out, out = self._first(q, step.num_tokens)
         found = self._function(
@@ -65,16 +53,9 @@ class _CudnnExtend(Paged):
     """Offsets are in tokens if that is said. What comes back is a pair, with or without an LSE."""
 
     def _attend(
-        self,
-        q: Tensor,
-        caches: tuple[Tensor, Tensor],
-        step: Step,
-        memory: Memory,
-        sinks: Tensor | None,
-        scale: float | Tensor,
-        v_scale: Tensor | None,
-        return_lse: bool,
-    ) -> Any:
+        self, q: Tensor, caches: Caches, step: Step, memory: Memory, sinks: Tensor | None, scale: float | Tensor,
+        v_scale: Tensor | None, return_lse: bool,
+    ) -> Any:  # fmt: skip
         out, _ = self._function(
             q,
             *caches,

@@ -3,6 +3,7 @@ on the device. They plan nothing: a plan is the memory that its calls work in.""
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,9 +16,16 @@ from hal_nvidia._flashinfer_memory import Memory, Workplace
 from hal_ops import torch_dtype
 from hal_ops.attention import AttentionRequest, Step
 
-__all__ = ["Paged"]
+__all__ = ["Caches", "Paged", "flashinfer"]
+
+Caches = tuple[Tensor, Tensor]
 
 _LN_2 = math.log(2.0)
+
+
+def flashinfer(module: str) -> Any:
+    """A module of the library, imported when a kernel is made."""
+    return importlib.import_module(f"flashinfer.{module}")
 
 
 class Paged:
@@ -81,14 +89,7 @@ class Paged:
         return q[:used], out, out[:used]
 
     def _attend(
-        self,
-        q: Tensor,
-        caches: tuple[Tensor, Tensor],
-        step: Step,
-        memory: Memory,
-        sinks: Tensor | None,
-        scale: float | Tensor,
-        v_scale: Tensor | None,
-        return_lse: bool,
-    ) -> Any:
+        self, q: Tensor, caches: Caches, step: Step, memory: Memory, sinks: Tensor | None, scale: float | Tensor,
+        v_scale: Tensor | None, return_lse: bool,
+    ) -> Any:  # fmt: skip
         raise NotImplementedError

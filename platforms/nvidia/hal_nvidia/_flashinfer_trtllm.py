@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 from torch import Tensor
 
 import hal
-from hal_nvidia._flashinfer_functions import Paged
+from hal_nvidia._flashinfer_functions import Caches, Paged, flashinfer
 from hal_nvidia._flashinfer_memory import Memory
 from hal_nvidia._fp8_query import quantizer
 from hal_ops import is_fp8
@@ -19,23 +18,19 @@ __all__ = ["trtllm_gen_decode", "trtllm_gen_extend", "xqa_decode"]
 
 def trtllm_gen_extend(request: AttentionRequest, device: hal.Device) -> Paged:
     """``trtllm_batch_context_with_kv_cache``."""
-    function = _flashinfer("prefill").trtllm_batch_context_with_kv_cache
+    function = flashinfer("prefill").trtllm_batch_context_with_kv_cache
     return _TrtllmExtend(request, device, function, splits=False)
 
 
 def trtllm_gen_decode(request: AttentionRequest, device: hal.Device) -> Paged:
     """``trtllm_batch_decode_with_kv_cache``."""
-    function = _flashinfer("decode").trtllm_batch_decode_with_kv_cache
+    function = flashinfer("decode").trtllm_batch_decode_with_kv_cache
     return _TrtllmDecode(request, device, function, zeroed=True)
 
 
 def xqa_decode(request: AttentionRequest, device: hal.Device) -> Paged:
     """``xqa_batch_decode_with_kv_cache``."""
-    return _Xqa(request, device, _flashinfer("decode").xqa_batch_decode_with_kv_cache, zeroed=True)
-
-
-def _flashinfer(module: str) -> Any:
-    return importlib.import_module(f"flashinfer.{module}")
+    return _Xqa(request, device, flashinfer("decode").xqa_batch_decode_with_kv_cache, zeroed=True)
 
 
 class _Trtllm(Paged):
@@ -53,16 +48,9 @@ class _TrtllmExtend(_Trtllm):
     """Cumulative lengths are in tokens, those of the keys too."""
 
     def _attend(
-        self,
-        q: Tensor,
-        caches: tuple[Tensor, Tensor],
-        step: Step,
-        memory: Memory,
-        sinks: Tensor | None,
-        scale: float | Tensor,
-        v_scale: Tensor | None,
-        return_lse: bool,
-    ) -> Any:
+        self, q: Tensor, caches: Caches, step: Step, memory: Memory, sinks: Tensor | None, scale: float | Tensor,
+        v_scale: Tensor | None, return_lse: bool,
+    ) -> Any:  # fmt: skip
         return self._function(
             q,
             caches,
@@ -89,16 +77,9 @@ class _TrtllmDecode(_Trtllm):
     """Query lengths are passed as cumulative ones: rows that make up a plan's size have none."""
 
     def _attend(
-        self,
-        q: Tensor,
-        caches: tuple[Tensor, Tensor],
-        step: Step,
-        memory: Memory,
-        sinks: Tensor | None,
-        scale: float | Tensor,
-        v_scale: Tensor | None,
-        return_lse: bool,
-    ) -> Any:
+        self, q: Tensor, caches: Caches, step: Step, memory: Memory, sinks: Tensor | None, scale: float | Tensor,
+        v_scale: Tensor | None, return_lse: bool,
+    ) -> Any:  # fmt: skip
         return self._function(
             q,
             caches,
@@ -125,16 +106,9 @@ class _Xqa(Paged):
     """One query a row: rows are counted by q. The layout's default is NHD here, and HND next door."""
 
     def _attend(
-        self,
-        q: Tensor,
-        caches: tuple[Tensor, Tensor],
-        step: Step,
-        memory: Memory,
-        sinks: Tensor | None,
-        scale: float | Tensor,
-        v_scale: Tensor | None,
-        return_lse: bool,
-    ) -> Any:
+        self, q: Tensor, caches: Caches, step: Step, memory: Memory, sinks: Tensor | None, scale: float | Tensor,
+        v_scale: Tensor | None, return_lse: bool,
+    ) -> Any:  # fmt: skip
         rows = min(q.shape[0], step.batch)
         whole = rows == step.batch
         q, whole_out, out = self._first(q, rows)
