@@ -75,7 +75,7 @@ def _put_all(values: Tensor, cache: Tensor, slots: Tensor, size: int) -> None:
     source = torch.where(kept, torch.arange(slots.shape[0], device=slots.device), some)
     slots = slots[source].clamp_min(0)
     place = (slots // size, slots % size)
-    cache[place] = torch.where(kept[some], values[source], cache[place])
+    cache[place] = torch.where(kept.any(), values[source], cache[place])
 
 
 def _converter(kv_dtype: str) -> Callable[[Tensor, Tensor | None], Tensor]:

@@ -31,7 +31,7 @@ def kv_pages_copy(request: KvPagesCopyRequest, device: object) -> Callable[..., 
         some = kept.to(torch.uint8).argmax()
         pair = torch.where(kept, torch.arange(len(source), device=source.device), some)
         to = target[pair].clamp_min(0).long()
-        at = torch.where(kept[some], source[pair].clamp_min(0).long(), to)
+        at = torch.where(kept.any(), source[pair].clamp_min(0).long(), to)
         for cache in (k_cache, v_cache):
             bits = cache.view(torch.uint8) if fp8 else cache  # torch 2.6.0 cannot index FP8
             bits[to] = bits[at]
