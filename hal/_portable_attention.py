@@ -80,8 +80,11 @@ def _merge_states() -> tuple[Kernel, ...]:
 
 
 def _call_kernels(op: str, torch: str, reference: str, fields: dict[str, Constraint]) -> tuple[Kernel, ...]:
-    """The torch kernel and the reference of an op of one phase."""
-    ranks = (("torch", torch, Band.PORTABLE, "torch ops"), ("reference", reference, Band.REFERENCE, _SLOW))
+    """The torch kernel, which waits for nothing and so is fit for graphs, and the reference of an op of one phase."""
+    ranks = (
+        ("torch", torch, Band.PORTABLE, {**fields, "graph": OneOf(False, True)}, "torch ops"),
+        ("reference", reference, Band.REFERENCE, fields, _SLOW),
+    )
     return tuple(
         Kernel(
             name=f"{library}.{op}",
@@ -89,12 +92,12 @@ def _call_kernels(op: str, torch: str, reference: str, fields: dict[str, Constra
             phase="call",
             target=code,
             priority=band,
-            fields=fields,
+            fields=declared,
             evidence={"x86_64": "run"},
             needs=(TORCH,),
             note=note,
         )
-        for library, code, band, note in ranks
+        for library, code, band, declared, note in ranks
     )
 
 

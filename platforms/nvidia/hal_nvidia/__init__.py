@@ -24,7 +24,16 @@ _KERNELS: ByOp[Kernel] = ByOp(
         "hal_nvidia.flashinfer_mla_kernels:KERNELS": ("mla_attention",),
         "hal_nvidia.flashinfer_trtllm_kernels:KERNELS": ("attention",),
         "hal_nvidia.trtllm_mla_kernels:KERNELS": ("mla_attention",),
-        "hal_nvidia.flashinfer_op_kernels:KERNELS": ("rms_norm", "silu_and_mul", "gelu_and_mul"),
+        "hal_nvidia.flashinfer_op_kernels:KERNELS": (
+            "rms_norm",
+            "fused_add_rms_norm",
+            "layer_norm",
+            "silu_and_mul",
+            "gelu_and_mul",
+            "rotary_embedding",
+            "kv_cache_write",
+            "merge_attention_states",
+        ),
     },
     platforms=("nvidia",),
 )

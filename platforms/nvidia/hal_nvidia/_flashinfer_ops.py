@@ -1,4 +1,4 @@
-"""flashinfer's kernels for rows behind the contracts of ``rms_norm``, ``silu_and_mul`` and ``gelu_and_mul``."""
+"""flashinfer's kernels for rows behind the contracts of the norms and the gated activations."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 import hal
+from hal_nvidia._flashinfer_reads import aligned, readable
+from hal_ops.fused_add_rms_norm import FusedAddRmsNormRequest
 from hal_ops.gelu_and_mul import GeluAndMulRequest
+from hal_ops.layer_norm import LayerNormRequest
 from hal_ops.rms_norm import RmsNormRequest
 from hal_ops.silu_and_mul import SiluAndMulRequest
 
-__all__ = ["gelu_and_mul", "rms_norm", "silu_and_mul"]
+__all__ = ["fused_add_rms_norm", "gelu_and_mul", "layer_norm", "rms_norm", "silu_and_mul"]
 
 
 def rms_norm(request: RmsNormRequest, device: hal.Device) -> Callable[..., Tensor]:
@@ -26,11 +29,16 @@ def rms_norm(request: RmsNormRequest, device: hal.Device) -> Callable[..., Tenso
     function, eps = norm.rmsnorm, request.eps
 
     def call(x: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tensor:
+        if not x.numel():
+            return _empty(x, out)
+        x, weight = readable(x), readable(weight)
         if out is None:
             if x.dim() == 2:
                 found: Tensor = function(x, weight, eps)
                 return found
             out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        if not aligned(out):
+            return out.copy_(call(x, weight))
         rows, results = _alike(x, out)
         function(rows, weight, eps, out=results)
         return out
@@ -42,9 +50,11 @@ def _of_rows(function: Callable[..., Any], eps: float) -> Callable[..., Tensor]:
     """A norm that takes ``[rows, hidden]`` alone. What is no view of that shape is copied, as declared."""
 
     def call(x: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tensor:
+        if not x.numel():
+            return _empty(x, out)
         shape = (math.prod(x.shape[:-1]), x.shape[-1])
-        results = None if out is None else _seen(out, shape)
-        found: Tensor = function(x.reshape(shape), weight, eps, out=results)
+        results = None if out is None or not aligned(out) else _seen(out, shape)
+        found: Tensor = function(readable(x.reshape(shape)), readable(weight), eps, out=results)
         if out is None:
             return found.view(x.shape)
         return out if results is not None else out.copy_(found.view(x.shape))
@@ -52,28 +62,77 @@ def _of_rows(function: Callable[..., Any], eps: float) -> Callable[..., Tensor]:
     return call
 
 
+def fused_add_rms_norm(request: FusedAddRmsNormRequest, device: hal.Device) -> Callable[..., Tensor]:
+    """``fused_add_rmsnorm``, or ``gemma_fused_add_rmsnorm``: they put the result into x, so x is copied first."""
+    norm = importlib.import_module("flashinfer.norm")
+    function = norm.gemma_fused_add_rmsnorm if request.weight_offset else norm.fused_add_rmsnorm
+    eps = request.eps
+
+    def call(x: Tensor, residual: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tensor:
+        if not x.numel():
+            return _empty(x, out)
+        shape = (math.prod(x.shape[:-1]), x.shape[-1])
+        result = out
+        if result is None or not aligned(result) or _seen(result, shape) is None:
+            result = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        if result is not x:
+            result.copy_(x)
+        total = readable(residual.reshape(shape))
+        function(result.view(shape), total, readable(weight), eps)
+        if total.data_ptr() != residual.data_ptr():
+            residual.copy_(total.view(residual.shape))
+        return result if out is None or out is result else out.copy_(result)
+
+    return call
+
+
+def layer_norm(request: LayerNormRequest, device: hal.Device) -> Callable[..., Tensor]:
+    """``layernorm``."""
+    function, eps = importlib.import_module("flashinfer.norm").layernorm, request.eps
+
+    def call(
+        x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, out: Tensor | None = None
+    ) -> Tensor:
+        if weight is None or bias is None:
+            raise ValueError("weight or bias is missing: this was bound with both")
+        rows = readable(x.contiguous().view(math.prod(x.shape[:-1]), x.shape[-1]))
+        found: Tensor = (
+            function(rows, readable(weight), readable(bias), eps) if x.numel() else rows.new_empty(rows.shape)
+        )
+        return found.view(x.shape) if out is None else out.copy_(found.view(x.shape))
+
+    return call
+
+
 def silu_and_mul(request: SiluAndMulRequest, device: hal.Device) -> Callable[..., Tensor]:
     """``silu_and_mul``."""
-    return _gate(importlib.import_module("flashinfer.activation").silu_and_mul)
+    return _gate(importlib.import_module("flashinfer.activation").silu_and_mul, request.hidden_size)
 
 
 def gelu_and_mul(request: GeluAndMulRequest, device: hal.Device) -> Callable[..., Tensor]:
     """``gelu_and_mul``, which is the one with erf, or ``gelu_tanh_and_mul``."""
     module = importlib.import_module("flashinfer.activation")
     function = module.gelu_tanh_and_mul if request.approximate == "tanh" else module.gelu_and_mul
-    return _gate(function)
+    return _gate(function, request.hidden_size)
 
 
-def _gate(function: Callable[..., Any]) -> Callable[..., Tensor]:
+def _gate(function: Callable[..., Any], hidden: int) -> Callable[..., Tensor]:
     def call(x: Tensor, *, out: Tensor | None = None) -> Tensor:
-        x = x.contiguous()  # read by its shape alone; declared in Kernel.copies
-        if out is None or not out.is_contiguous():
+        if not x.numel():
+            return _empty(x[..., :hidden], out)
+        x = readable(x.contiguous())  # read by its shape alone; declared in Kernel.copies
+        if out is None or not out.is_contiguous() or not aligned(out):
             made: Tensor = function(x)
             return made if out is None else out.copy_(made)
         function(x, out=out)
         return out
 
     return call
+
+
+def _empty(x: Tensor, out: Tensor | None) -> Tensor:
+    """What no rows give: there is nothing to launch."""
+    return x.new_empty(x.shape) if out is None else out
 
 
 def _alike(x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:

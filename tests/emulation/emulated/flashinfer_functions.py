@@ -1,4 +1,4 @@
-"""flashinfer's plain functions: kernels of TensorRT-LLM and cuDNN, and those for rows (see :mod:`emulated.flashinfer`)."""
+"""flashinfer's plain functions: kernels of TensorRT-LLM and cuDNN (see :mod:`emulated.flashinfer`), and the rest's list."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from emulated.attend import attend, fresh_rows, with_garbage
 from emulated.flashinfer_memory import ABSENT, scratched, statistics, with_counters, with_semaphores
+from emulated.flashinfer_rows import ROWS
 
 __all__ = ["FUNCTIONS", "Masks", "attention"]
 
@@ -258,46 +258,6 @@ def trtllm_fmha_v2_prefill(
     return with_garbage(found, found[..., 0], q.shape[0])[0].to(q.dtype)
 
 
-def rmsnorm(input: Tensor, weight: Tensor, eps: float = 1e-6, out: Tensor | None = None) -> Tensor:  # noqa: A002
-    return _norm(input, weight, eps, out, 0.0)
-
-
-def gemma_rmsnorm(input: Tensor, weight: Tensor, eps: float = 1e-6, out: Tensor | None = None) -> Tensor:  # noqa: A002
-    assert input.dim() == 2, "input must be a 2D tensor"
-    return _norm(input, weight, eps, out, 1.0)
-
-
-def _norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None, offset: float) -> Tensor:
-    out = torch.empty_like(x) if out is None else out
-    assert x.dim() == out.dim()
-    assert x.dim() in (2, 3)
-    assert x.dtype == weight.dtype
-    wide = x.float()
-    return out.copy_(wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * (weight.float() + offset))
-
-
-def silu_and_mul(input: Tensor, out: Tensor = None) -> Tensor:  # type: ignore[assignment]  # noqa: A002
-    return _gate(input, out, functional.silu)
-
-
-def gelu_and_mul(input: Tensor, out: Tensor = None) -> Tensor:  # type: ignore[assignment]  # noqa: A002
-    return _gate(input, out, functional.gelu)
-
-
-def gelu_tanh_and_mul(input: Tensor, out: Tensor = None) -> Tensor:  # type: ignore[assignment]  # noqa: A002
-    return _gate(input, out, lambda x: functional.gelu(x, approximate="tanh"))
-
-
-def _gate(x: Tensor, out: Tensor | None, activation: Any) -> Tensor:
-    """Rows are found by their number: a view would be misread."""
-    out = x.new_empty((*x.shape[:-1], x.shape[-1] // 2)) if out is None else out
-    assert x.is_contiguous()
-    assert out.is_contiguous()
-    assert x.shape[-1] % 16 == 0
-    gate, up = x.float().chunk(2, -1)
-    return out.copy_(activation(gate) * up)
-
-
 FUNCTIONS = (
     trtllm_batch_context_with_kv_cache,
     trtllm_batch_decode_with_kv_cache,
@@ -306,9 +266,5 @@ FUNCTIONS = (
     xqa_batch_decode_with_kv_cache,
     cudnn_batch_decode_with_kv_cache,
     cudnn_batch_prefill_with_kv_cache,
-    rmsnorm,
-    gemma_rmsnorm,
-    silu_and_mul,
-    gelu_and_mul,
-    gelu_tanh_and_mul,
+    *ROWS,
 )

@@ -1,0 +1,69 @@
+"""flashinfer's cache write behind the contract of ``kv_cache_write``.
+
+``append_paged_kv_cache`` finds a token's place by its request and its position in that. Here all pages are those of one
+request, in order, so that a position is a slot. It can skip no token: each that is skipped repeats one that is not, and
+where all are, one slot is given what it holds.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import hal
+from hal_nvidia._flashinfer_reads import aligned
+from hal_ops.kv_cache import KvCacheWriteRequest
+from hal_ops.kv_layout import by_token
+
+__all__ = ["kv_cache_write"]
+
+
+def kv_cache_write(request: KvCacheWriteRequest, device: hal.Device) -> Callable[..., None]:
+    """``append_paged_kv_cache``.
+
+    Raises:
+        ValueError: of the call, for caches of different strides, or whose heads do not begin at multiples of 16 bytes.
+    """
+    function, layout = importlib.import_module("flashinfer.page").append_paged_kv_cache, request.kv_layout
+
+    def call(
+        k: Tensor,
+        v: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        slot_mapping: Tensor,
+        *,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
+    ) -> None:
+        _check(k_cache, v_cache)
+        count, pages, place = slot_mapping.shape[0], k_cache.shape[0], k.device
+        if not count:
+            return
+        kept = slot_mapping >= 0
+        some = kept.to(torch.uint8).argmax()
+        source = torch.where(kept, torch.arange(count, device=place), some)
+        tokens = (
+            torch.where(kept.any(), x[source], by_token(cache, layout)[0, 0])
+            for x, cache in ((k, k_cache), (v, v_cache))
+        )
+        slots = slot_mapping[source].clamp_min_(0).int()
+        zeros = torch.zeros(max(count, 2), dtype=torch.int32, device=place)
+        numbers = torch.arange(pages, dtype=torch.int32, device=place)
+        function(
+            *tokens, zeros[:count], slots, (k_cache, v_cache), kv_indices=numbers, kv_indptr=zeros[:2],
+            kv_last_page_len=zeros[:1], kv_layout=layout,
+        )  # fmt: skip
+
+    return call
+
+
+def _check(k_cache: Tensor, v_cache: Tensor) -> None:
+    if k_cache.stride() != v_cache.stride() or not (aligned(k_cache) and aligned(v_cache)):
+        raise ValueError(
+            f"the caches have strides {tuple(k_cache.stride())} and {tuple(v_cache.stride())}: flashinfer writes two of "
+            "the same strides, all multiples of 16 bytes, as are their addresses; choose another write kernel"
+        )
