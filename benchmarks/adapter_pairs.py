@@ -24,10 +24,15 @@ from hal.testing._verify import circumstances, refusals
 from hal_ops import Request, resolve_target
 from hal_ops.attention import AttentionRequest
 from hal_ops.attention.cases import make_case
+from hal_ops.fused_add_rms_norm import FusedAddRmsNormRequest
 from hal_ops.gelu_and_mul import GeluAndMulRequest
+from hal_ops.kv_cache import KvCacheWriteRequest
+from hal_ops.layer_norm import LayerNormRequest
+from hal_ops.merge_states import MergeStatesRequest
 from hal_ops.mla_attention import MlaAttentionRequest
 from hal_ops.mla_attention.cases import make_case as make_latent_case
 from hal_ops.rms_norm import RmsNormRequest
+from hal_ops.rotary_embedding import RotaryEmbeddingRequest
 from hal_ops.silu_and_mul import SiluAndMulRequest
 
 __all__ = ["Call", "pairs"]
@@ -61,8 +66,11 @@ WATCHED: dict[str, tuple[str, ...]] = {
     ),
     "fmha_v2": ("flashinfer.prefill:trtllm_fmha_v2_prefill",),
     "flashinfer": (
-        "flashinfer.norm:rmsnorm",
+        *(f"flashinfer.norm:{name}" for name in ("rmsnorm", "fused_add_rmsnorm", "layernorm")),
         *(f"flashinfer.activation:{name}" for name in ("silu_and_mul", "gelu_tanh_and_mul")),
+        "flashinfer.rope:apply_rope_with_cos_sin_cache",
+        "flashinfer.page:append_paged_kv_cache",
+        "flashinfer.cascade:merge_state",
     ),
 }
 """Library to the functions that its adapters call, ``"module:name"``; what a version lacks is passed over."""
@@ -82,9 +90,16 @@ _CACHES: dict[str, dict[str, Any]] = {
 }
 _ROWS: dict[str, Request] = {
     "rms_norm": RmsNormRequest(hidden_size=128),
+    "fused_add_rms_norm": FusedAddRmsNormRequest(hidden_size=128),
+    "layer_norm": LayerNormRequest(hidden_size=128, weight_dtype="float32"),
     "silu_and_mul": SiluAndMulRequest(hidden_size=128),
     "gelu_and_mul": GeluAndMulRequest(hidden_size=128, approximate="tanh"),
+    "rotary_embedding": RotaryEmbeddingRequest(num_q_heads=8, num_kv_heads=8, head_dim=128),
+    "kv_cache_write": KvCacheWriteRequest(num_kv_heads=8, head_dim=128),
+    "merge_attention_states": MergeStatesRequest(num_heads=8, v_head_dim=128),
 }
+COMPOSED = tuple(f"flashinfer.{op}" for op in ("rotary_embedding", "kv_cache_write", "merge_attention_states"))
+"""Kernels that are the library's function and further launches, without which it is not the op."""
 _LENGTHS = {"prefill": ((16, 16),), "extend": ((4, 16),) * 4, "decode": ((1, 16),) * 4}
 
 
@@ -134,7 +149,6 @@ def _with_views(call: functools.partial[Any], adapter: functools.partial[Any], o
     views = {
         n: (given[_storage(x)], x.size(), x.stride(), x.storage_offset()) for n, x in seen.items() if _is_view(x, given)
     }
-    size, stride = out.size(), out.stride()
 
     def direct(adapter: Any = adapter) -> Any:
         args, keywords = list(call.args), dict(call.keywords)
@@ -142,7 +156,7 @@ def _with_views(call: functools.partial[Any], adapter: functools.partial[Any], o
             (args if isinstance(name, int) else keywords)[name] = source.as_strided(*form)  # type: ignore[index, call-overload]
         found = call.func(*args, **keywords)
         found = found[0] if isinstance(found, tuple) else found
-        return found if found.shape == size else found.as_strided(size, stride)
+        return found if found.shape == out.shape else found.as_strided(out.size(), out.stride())
 
     plain = functools.partial(call.func, *call.args, **call.keywords)
     plain.adapter = adapter  # type: ignore[attr-defined]
@@ -167,7 +181,8 @@ def _prepared(kernel: hal.Kernel, request: Request, device: hal.Device, form: st
         return functools.partial(implementation, *latent.args, implementation.plan(latent.args[-1]), **latent.kwargs)
     if not isinstance(request, AttentionRequest):
         inputs = [x.to(place) for x in _inputs(request)]
-        return functools.partial(implementation, *inputs)
+        into = {"out": inputs[0]} if isinstance(request, FusedAddRmsNormRequest) else {}
+        return functools.partial(implementation, *inputs, **into)
     lengths = _LENGTHS[kernel.phase]
     case = make_case(request, kernel.phase, device=place, lengths=lengths, **({"form": form} if form else {}))
     if form == "ragged":
@@ -185,9 +200,21 @@ def _of_a_step(implementation: Any, length: int, place: torch.device) -> Any:
 
 def _inputs(request: Request) -> list[Any]:
     torch.manual_seed(0)
+    heads = [torch.randn(4, 8, 128).bfloat16() for _ in range(2)]
+    if isinstance(request, RotaryEmbeddingRequest):
+        return [*heads, torch.rand(16, 64), torch.rand(16, 64), torch.arange(4)]
+    if isinstance(request, KvCacheWriteRequest):
+        return [*heads, *torch.zeros(2, 4, 16, 8, 128).bfloat16(), torch.arange(4)]
+    if isinstance(request, MergeStatesRequest):
+        return [heads[0], torch.zeros(4, 8), heads[1], torch.ones(4, 8)]
     width = request.hidden_size  # type: ignore[attr-defined]
+    rows, weight = torch.randn(4, width).bfloat16(), torch.randn(width)
+    if isinstance(request, FusedAddRmsNormRequest):
+        return [rows, rows.flip(0), weight.bfloat16()]
     if isinstance(request, RmsNormRequest):
-        return [torch.randn(4, width).bfloat16(), torch.randn(width).bfloat16()]
+        return [rows, weight.bfloat16()]
+    if isinstance(request, LayerNormRequest):
+        return [rows, weight, weight.flip(0)]
     return [torch.randn(4, 2 * width).bfloat16()]
 
 

@@ -112,7 +112,7 @@ def _torch_version() -> str:
 
 
 def _give_up(kernel: Kernel, reason: Reason, selection: Selection, *, forced: bool) -> None:
-    _selection.broken[kernel.name] = reason
+    _selection.failures.add(kernel, selection.request, selection.device, reason)
     if not forced:
         log.warning("kernel %s is passed over: %s", kernel.name, reason)
         return

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from hal._device import Device
+from hal._failures import Failures
 from hal._kernel import Band, Kernel, Needs
 from hal._ledger import Ledger, Row
 from hal._libraries import has_module, installed
@@ -33,8 +34,8 @@ class Circumstances:
     registry: Registry
     settings: Settings
     ledger: Ledger
-    broken: dict[str, Reason] = dataclasses.field(default_factory=dict)
-    """Kernels that failed to import or to be constructed in this process."""
+    failures: Failures = dataclasses.field(default_factory=Failures)
+    """Kernels that could not be imported or made in this process."""
 
     def ledger_row(self, kernel: Kernel, request: Request) -> Row | None:
         """The ledger's row for this kernel here; nothing is verified on a simulated device."""
@@ -78,8 +79,9 @@ def errata_for(kernel: Kernel, request: Request, around: Circumstances) -> tuple
 
 
 def _on_record(kernel: Kernel, request: Request, around: Circumstances) -> Iterator[Reason]:
-    if kernel.name in around.broken:
-        yield around.broken[kernel.name]
+    failure = around.failures.find(kernel, request, around.device)
+    if failure is not None:
+        yield failure
     row = around.ledger_row(kernel, request)
     if row is not None and row.status == "failed":
         text = f"it failed verification on this device on {row.date}: {row.detail}"

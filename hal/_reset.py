@@ -16,6 +16,6 @@ def reset() -> None:
     _devices.forget()
     _libraries.forget()
     _front.forget()
-    _selection.broken.clear()
+    _selection.failures.clear()
     _bind.fallback_counts.clear()
     _settings._settings.cache_clear()

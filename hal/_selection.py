@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from hal import _devices, _plugins, _settings
 from hal._device import Device
 from hal._eligibility import Circumstances, elsewhere, errata_for, why_not
+from hal._failures import Failures
 from hal._forced import Forced, check_names, forced_kernels
 from hal._joint import Job, decide_open_fields
 from hal._kernel import Kernel
@@ -43,8 +44,8 @@ PRECEDENCE = (
 )
 
 log = logging.getLogger("hal")
-broken: dict[str, Reason] = {}
-"""Kernels whose code could not be imported or constructed in this process, with the reason."""
+failures = Failures()
+"""Kernels whose code could not be imported or constructed in this process, with the reasons."""
 
 
 @record(frozen=True)
@@ -176,7 +177,7 @@ def _decided(requests: Sequence[Request], device: Any, kernel: Any, registry: Re
     settings = _settings.current()
     check_names(settings, registry)
     ledger = Ledger(settings.cache_dir() / "ledger.json")
-    around = Circumstances(_devices.device(device), registry, settings, ledger, broken)
+    around = Circumstances(_devices.device(device), registry, settings, ledger, failures)
     jobs = [_job(request, kernel, around) for request in requests]
     values = decide_open_fields(jobs, around)
     return tuple(_outcome(job, request, values, around) for job, request in zip(jobs, requests, strict=True))

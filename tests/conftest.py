@@ -33,7 +33,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.
     yield
     log.setLevel(level)
     log.handlers[:] = handlers
-    _selection.broken.clear()
+    _selection.failures.clear()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -116,6 +116,35 @@ def test_a_factory_that_fails_is_passed_over_before_anything_ran(
     assert "no kernel image" in handle.explain()
 
 
+def test_a_factory_that_fails_for_one_request_serves_others(
+    fake_platform: Any, attention_kernel: Any, kernel_module: Any
+) -> None:  # requirement P25, R16
+    """A variant that does not compile says nothing about the next one; nor is it tried twice, whatever was left open."""
+    tried: list[int] = []
+
+    def factory(request: Any, device: Any) -> Any:
+        tried.append(request.head_dim)
+        if request.head_dim == 64:
+            raise RuntimeError("ninja: build stopped")
+        return prefill(request, device)
+
+    module = kernel_module(prefill=factory)
+    fields = {"head_dim": hal.OneOf(64, 128), "v_head_dim": hal.OneOf(64, 128)}
+    fake_platform(
+        kernels=[
+            attention_kernel("picky.prefill", target=f"{module}:prefill", fields=fields),
+            attention_kernel("works.prefill", priority=hal.Band.PORTABLE, fields=fields),
+        ]
+    )
+    for dim, wanted in ((64, "works"), (128, "picky"), (64, "works")):
+        for more in ({}, {"page_size": 32}, {"phases": "prefill"}):
+            handle = hal.get_attention(**{**SMALL, "phases": ("prefill",), "head_dim": dim, **more})
+            assert handle.kernels() == {"prefill": f"{wanted}.prefill"}
+    assert tried.count(64) == 1
+    refused = hal.get_attention(**{**SMALL, "phases": ("prefill",), "head_dim": 64}).explain()
+    assert "build stopped" in refused
+
+
 def test_an_error_in_a_call_reaches_the_caller_and_nothing_else_runs(
     fake_platform: Any, attention_kernel: Any, kernel_module: Any
 ) -> None:  # requirement P42, R16

@@ -54,10 +54,10 @@ def test_every_adapter_is_measured_against_its_own_call(kernel: hal.Kernel, arch
         found = list(benchmark.pairs(hardware.device_of(arch), kernel.name))
         assert len(found) == (2 if kernel.phase == "prefill" else 1)
         for name, direct, adapter in found:
-            straight, adapted = direct(), adapter()
-            straight = straight[0] if isinstance(straight, tuple) else straight
-            assert straight.numel() == adapted.numel(), name
-            torch.testing.assert_close(straight.float().sum(), adapted.float().sum(), atol=1e-2, rtol=1e-3)
+            straight, adapted = (x[0] if isinstance(x, tuple) else x for x in (direct(), adapter()))
+            if straight is not None:
+                assert straight.numel() == adapted.numel(), name
+                torch.testing.assert_close(straight.float().sum(), adapted.float().sum(), atol=1e-2, rtol=1e-3)
             figures = benchmark.in_turns(direct, adapter, loops=1, rounds=2)
             assert figures["ratio"] > 0
             assert figures["spread"] >= 0
@@ -79,6 +79,15 @@ def test_the_table_says_what_is_over_the_budget_and_what_is_noise(benchmark: Mod
         "fa4.decode             108.70      122.20     +1.40      12.00   1.12  noisy",
         "xqa.decode              50.00       53.00     +2.50       2.00   1.06  over 2 us, noisy",
         "2 of 4 within 2 us",
+    ]
+
+
+def test_launches_that_an_op_needs_beside_the_library_s_are_not_held_to_the_budget(benchmark: ModuleType) -> None:
+    figures = {"direct": 9.0, "adapter": 59.0, "added": 50.0, "spread": 1.0, "ratio": 6.56}
+    text = benchmark.table({"flashinfer.kv_cache_write": figures})
+    assert text.splitlines()[1:] == [
+        "flashinfer.kv_cache_write        9.00       59.00    +50.00       1.00   6.56  own launches",
+        "0 of 0 within 2 us",
     ]
 
 

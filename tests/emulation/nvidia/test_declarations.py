@@ -185,7 +185,7 @@ def test_a_broken_package_is_blamed_with_its_own_words() -> None:  # requirement
     with hal.simulate(libraries={"torch": "2.13.0", **FA2}), pytest.raises(hal.errors.NoKernelError) as caught:
         hal.get_attention(**BASE, phases="prefill", device=hardware.device_of("sm_80"), kernel="fa2")
     assert "No module named 'flash_attn_2_cuda'" in str(caught.value)
-    hal._selection.broken.clear()
+    hal._selection.failures.clear()
 
 
 @pytest.mark.parametrize(
