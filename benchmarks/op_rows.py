@@ -63,6 +63,7 @@ ROWS = (
     OpRow("fused_add_rms_norm", (8192, 8192)),
     OpRow("fused_add_rms_norm", (16384, 4096)),
     OpRow("layer_norm", (8192, 8192)),
+    OpRow("layer_norm", (8192, 8192), {"weight_dtype": "float32"}),
     OpRow("silu_and_mul", (8192, 8192)),
     OpRow("silu_and_mul", (8192, 14336)),
     OpRow("silu_and_mul", (8192, 11008)),
@@ -150,7 +151,8 @@ def _rows(row: OpRow, request: Any, device: str) -> OpCall:
         return OpCall(args, _size(x, *groups))
     weights = {"rms_norm": 1, "fused_add_rms_norm": 1, "layer_norm": 2}.get(row.op, 0)
     residual = (_random(request, device, tokens, hidden),) if row.op == "fused_add_rms_norm" else ()
-    args = (x, *residual, *(_random(request, device, hidden) for _ in range(weights)))
+    wide = torch_dtype(request.weight_dtype) if weights else x.dtype
+    args = (x, *residual, *(_random(request, device, hidden).to(wide) for _ in range(weights)))
     size = _size(*args, *residual) + tokens * hidden * x.itemsize
     return OpCall(args, size, {"out": x} if row.inplace else {}, (1,) if residual else ())
 

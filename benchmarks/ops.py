@@ -1,4 +1,4 @@
-"""The ops of a decoder layer beside attention: our Triton kernels, torch's operators, torch.compile.
+"""The ops of a decoder layer beside attention: our Triton kernels, torch's operators, torch.compile, vendors' kernels.
 
 One run, one table, one JSON. All are measured on the same inputs, with the L2 cache flushed before each call, and the
 median is taken. A time is also given as a fraction of the bandwidth at which this device copies, measured in the same
@@ -29,6 +29,7 @@ from op_rows import ROWS, SMALL, OpRow, call_of
 from timing import Clock, reason_of
 
 import hal
+from hal import _plugins
 from hal_ops import resolve_target
 
 JUDGED = 256
@@ -43,11 +44,18 @@ def get(row: OpRow, device: str, library: str) -> hal.BoundOp:
     return hal.get_op(row.op, device=device, kernel=library, **row.request_fields())
 
 
+def libraries(row: OpRow, device: str) -> tuple[str, ...]:
+    """Ours, torch's, and those for this vendor's devices."""
+    platform = hal.device(device).platform
+    kernels = [k for k in _plugins.registry().kernels.values() if k.op == row.op and platform in k.platforms]
+    return ("triton", "torch", *sorted({k.library for k in kernels}))
+
+
 def factories(row: OpRow, device: str, compiled: bool) -> dict[str, Callable[[], Function]]:
     """Whose implementations there may be, and how to get them."""
     found: dict[str, Callable[[], Function]] = {
         library: lambda library=library: get(row, device, library).fn  # type: ignore[misc]
-        for library in ("triton", "torch")
+        for library in libraries(row, device)
     }
     if row.op == "fp8_quantize" and torch.device(device).type != "cpu":
         native = resolve_target("hal_ops.fp8_quantize.triton_quantize:fp8_quantize")
@@ -74,7 +82,9 @@ def implementations(row: OpRow, device: str, compiled: bool = False) -> tuple[di
 def _refusal(error: Exception) -> str:
     selection = getattr(error, "selection", None)
     forced = [c for choice in getattr(selection, "choices", {}).values() for c in choice.candidates if c.reasons]
-    reasons = [f"{c.kernel.name}: {r}" for c in forced for r in c.reasons if c.kernel.library == "triton"]
+    reasons = [
+        f"{c.kernel.name}: {r}" for c in forced for r in c.reasons if all(x.code != "not_forced" for x in c.reasons)
+    ]
     return "; ".join(reasons) or reason_of(error)
 
 
