@@ -31,11 +31,11 @@ def rms_norm(request: RmsNormRequest, device: hal.Device) -> Callable[..., Tenso
     def call(x: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tensor:
         if not x.numel():
             return _empty(x, out)
+        if out is None and x.dim() == 2 and aligned(x, weight):
+            found: Tensor = function(x, weight, eps)
+            return found
         x, weight = readable(x), readable(weight)
         if out is None:
-            if x.dim() == 2:
-                found: Tensor = function(x, weight, eps)
-                return found
             out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         if not aligned(out):
             return out.copy_(call(x, weight))
@@ -71,6 +71,9 @@ def fused_add_rms_norm(request: FusedAddRmsNormRequest, device: hal.Device) -> C
     def call(x: Tensor, residual: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tensor:
         if not x.numel():
             return _empty(x, out)
+        if out is x and x.dim() == 2 and aligned(x, residual, weight):
+            function(x, residual, weight, eps)
+            return x
         shape = (math.prod(x.shape[:-1]), x.shape[-1])
         result = out
         if result is None or not aligned(result) or _seen(result, shape) is None:
@@ -95,10 +98,13 @@ def layer_norm(request: LayerNormRequest, device: hal.Device) -> Callable[..., T
     ) -> Tensor:
         if weight is None or bias is None:
             raise ValueError("weight or bias is missing: this was bound with both")
+        if not x.numel():
+            return _empty(x, out)
+        if out is None and x.dim() == 2 and x.is_contiguous() and aligned(x, weight, bias):
+            found: Tensor = function(x, weight, bias, eps)
+            return found
         rows = readable(x.contiguous().view(math.prod(x.shape[:-1]), x.shape[-1]))
-        found: Tensor = (
-            function(rows, readable(weight), readable(bias), eps) if x.numel() else rows.new_empty(rows.shape)
-        )
+        found = function(rows, readable(weight), readable(bias), eps)
         return found.view(x.shape) if out is None else out.copy_(found.view(x.shape))
 
     return call
