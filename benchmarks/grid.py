@@ -132,6 +132,7 @@ CASES = (
     Case("V5 Llama-8B mixed page 64", _32_8, _128, tuple((q, (k << 10) + q) for q, k in CHUNKS), 64),
     Case("V6 Llama-8B e4m3 page 64", _32_8, _128, ((512, 4608),) * 8, 64, _E4M3),
     Case("V7 Llama-8B B8 512 on 8k page 256", _32_8, _128, ((512, 8704),) * 8, 256),
+    Case("V8 Llama-8B e4m3 q may be rounded", _32_8, _128, ((512, 4608),) * 8, 64, (*_E4M3, ("fp8_query", True))),
     Case("X1 Llama-8B 1 prefill, 31 decodes", _32_8, _128, ((2048, 2048), *_ones((4096,) * 31)), 16),
     Case("X2 Llama-8B three rows", _32_8, _128, ((1, 1328), (5, 18), (129, 463)), 16),
     Case("D1 Llama-8B B1 1k", _32_8, _128, _ones((1024,)), 16),

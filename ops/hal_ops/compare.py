@@ -103,8 +103,10 @@ def compare(
     return Comparison(name, (*odd, *sizes, *blocks), _top(error), _mean(error), _top(_quotients(error, want)))
 
 
-def compare_lse(actual: Tensor, expected: Tensor, *, dtype: str, name: str = "lse") -> Comparison:
+def compare_lse(actual: Tensor, expected: Tensor, *, dtype: str, name: str = "lse", slack: float = 1.0) -> Comparison:
     """Compare ``[..., heads]`` logsumexps: each within ``atol + rtol * |expected|``, infinities in the same places.
+
+    ``slack`` multiplies the bounds, for kernels that may round their inputs.
 
     Raises:
         ValueError: ``actual`` is neither float32 nor float64; the contract says float32.
@@ -121,7 +123,7 @@ def compare_lse(actual: Tensor, expected: Tensor, *, dtype: str, name: str = "ls
     got = torch.where(finite, actual, 0.0).double()
     error = (got - want).abs()
     step = _LSE_ERROR.get(dtype, _FP8_LSE_ERROR)
-    bound = step + step * want.abs()
+    bound = slack * (step + step * want.abs())
     if bool((error > bound).any()):
         failures.append(_worst("natural log of the denominator", error, bound, got, want))
     return Comparison(name, tuple(failures), _top(error), _mean(error))

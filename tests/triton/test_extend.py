@@ -327,11 +327,15 @@ def test_every_configuration_is_right(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kv_dtype", ["float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize(
+    ("kv_dtype", "fp8_query"),
+    [("float8_e4m3fn", False), ("float8_e4m3fn", True), ("float8_e5m2", False)],
+    ids=["e4m3", "e4m3, q rounded", "e5m2"],
+)
 @pytest.mark.parametrize("kv_scale", ["tensor", "head"])
 @pytest.mark.parametrize("programs", ["few", "all"])
 def test_fp8_caches(
-    kv_dtype: str, kv_scale: str, programs: str, assert_right: Check, monkeypatch: pytest.MonkeyPatch
+    kv_dtype: str, fp8_query: bool, kv_scale: str, programs: str, assert_right: Check, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # requirement B6, B7, D12
     if programs == "few":
         few_programs(monkeypatch)
@@ -346,11 +350,35 @@ def test_fp8_caches(
     ):
         request = request_of(
             head_dim=dim, kv_dtype=kv_dtype, kv_scale=kv_scale, kv_layout=layout, page_size=page_size,
-            **{"dtype": "bfloat16", **fields},
+            fp8_query=fp8_query, **{"dtype": "bfloat16", **fields},
         )  # fmt: skip
         for scale in ("normal", "outliers"):
             case = make_case(request, "extend", device="cuda", lengths=LENGTHS, scale=scale, oracle="cuda")
             assert_right(case.check(extend(request, "cuda")))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("page_size", [16, 128])
+def test_a_query_is_rounded_whatever_is_beside_it(page_size: int) -> None:  # requirement D14, B7
+    """Rows of a tile have a scale each: one of a thousand times the size takes no digits from its neighbours."""
+    request = request_of(
+        head_dim=128, kv_dtype="float8_e4m3fn", page_size=page_size, dtype="bfloat16", fp8_query=True, kv_layout="NHD"
+    )
+    case = make_case(request, "extend", device="cuda", lengths=((70, 300), (5, 33)))
+    q, *rest = case.args
+    attend = extend(request, "cuda")
+    plan = attend.plan(case.args[3])
+    plain = attend(q, *rest, plan, **case.kwargs)
+    large = q.clone()
+    large[::2] *= 1000.0
+    found = attend(large, *rest, plan, **case.kwargs)
+    assert torch.equal(found[1::2], plain[1::2])
+    assert not torch.equal(found[::2], plain[::2])
+    nothing = q.clone()
+    nothing[::2] = 0.0
+    found = attend(nothing, *rest, plan, **case.kwargs)
+    assert torch.equal(found[1::2], plain[1::2])
+    assert found.isfinite().all()
 
 
 @pytest.mark.gpu

@@ -22,6 +22,7 @@ from hal_ops.attention._triton_configs import (
     in_boxes,
     keys_as_they_are,
     padded_on,
+    rounds_queries,
 )
 from hal_ops.attention._triton_features import Features, cut, pack_heads
 
@@ -56,7 +57,8 @@ def variants() -> Iterator[Variant]:
         yield from _hoppers("prefill", HOPPER_FP8, "bfloat16", 16, qkv_dtype=name, phases="prefill")
         for config in HOPPER_FP8_CACHE:
             for page_size in (16, config.block_n):
-                yield from _hoppers("extend", config, "bfloat16", page_size, kv_dtype=name)
+                for rounds in (False, True) if name == "float8_e4m3fn" else (False,):
+                    yield from _hoppers("extend", config, "bfloat16", page_size, kv_dtype=name, fp8_query=rounds)
     for config in HOPPER_EXTEND:
         yield from _hoppers("extend", config, "bfloat16", config.block_n)
     for config in HOPPER_ROWS:
@@ -110,7 +112,7 @@ def _hopper(phase: str, config: Hopper, dtype: str, page_size: int, *, loop: boo
     constants = {"RAGGED": True, "UNIT": 16, "TMA": tma, "LSE": phase == "prefill", "LOOP": loop}
     scales = 0 if (request.qkv_dtype if phase == "prefill" else request.kv_dtype) == dtype else 1
     constants |= dict.fromkeys(("Q_SCALES", "K_SCALES", "V_SCALES"), scales)
-    constants |= {"PAGE_SIZE": page_size} if phase == "extend" else {}
+    constants |= {"PAGE_SIZE": page_size, "ROUND_Q": rounds_queries(request)} if phase == "extend" else {}
     label = f"{_label(request, 'sm_90', config)}{f', page {page_size}' * (phase == 'extend')}"
     label += ", a tile a program" * (not loop)
     return _variant(HOPPER_KERNELS[phase], label, config, request, constants, ("sm_90",))
@@ -120,6 +122,7 @@ def _label(request: AttentionRequest, arch: str, config: Config | Hopper) -> str
     special = ", window, softcap, sinks" * bool(request.softcap) + ", slopes" * request.alibi
     cache = f", KV {request.kv_dtype}" * (request.kv_dtype != request.dtype)
     cache += f", q, k, v {request.qkv_dtype}" * (request.qkv_dtype != request.dtype)
+    cache += ", q rounded to it" * rounds_queries(request)
     layout = ", HDN" * (request.kv_layout == "HDN")
     return f"{request.head_dim}/{request.v_head_dim} {request.dtype}{cache}{layout}{special}, {config}, {arch}"
 

@@ -18,6 +18,7 @@ from hal_ops.attention._hopper_math import (
     pack,
     product_layout,
     put_queries,
+    rounded,
     softmax,
     store_rows,
     times,
@@ -58,17 +59,20 @@ def _fetch(
 
 
 @gluon.jit
-def _begin(part: gl.constexpr, done, place, fetched, memory, DIM: gl.constexpr):
+def _begin(part: gl.constexpr, done, place, fetched, rows, memory, DIM: gl.constexpr, ROUND_Q: gl.constexpr):
     """Issues the product of a tile's queries with its last block of keys, and waits for neither; nothing is in it, and
-    nothing is waited for, where there is no such tile."""
+    nothing is waited for, where there is no such tile. Returns the product, and what its rows are to be multiplied by."""
     queries, keys, values, barriers = memory
     k_full, k_empty, v_full, v_empty = barriers
     row, head, token, q_start, k_start, out_start, q_len, kv_len = place
+    step = rows
+    if ROUND_Q:
+        fetched, step = rounded(fetched, rows)
     mine = put_queries(fetched, queries, part, DIM)
     if token < q_len:
         mbarrier.wait(k_full.index(done & 1), (done >> 1) & 1)
     hopper.fence_async_shared()
-    return multiply_keys(mine, keys, done & 1, DIM > keys[0].shape[2])
+    return multiply_keys(mine, keys, done & 1, DIM > keys[0].shape[2]), step
 
 
 @gluon.jit
@@ -115,7 +119,7 @@ def _attend(
     PACK: gl.constexpr, TOKENS: gl.constexpr, DIM: gl.constexpr, V_DIM: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
     SINKS: gl.constexpr, PLAIN: gl.constexpr, FENCE: gl.constexpr,
-    PARTS: gl.constexpr, TURNS: gl.constexpr, SHORT: gl.constexpr,
+    PARTS: gl.constexpr, TURNS: gl.constexpr, SHORT: gl.constexpr, BY_ROW: gl.constexpr,
 ):  # fmt: skip
     """A tile but for its first product, which is ``s``, and for its last, which is issued.
 
@@ -146,7 +150,7 @@ def _attend(
     columns = first * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, LAYOUT))
     p, shrink, total, top = softmax(
         s, columns, position, high, left, right, scale, cap, slope, top, total,
-        HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, PLAIN, True, SHORT,
+        HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, PLAIN, True, SHORT, BY_ROW,
     )  # fmt: skip
     p = pack(p, values[0].dtype)
     mbarrier.wait(v_full.index(done & 1), (done >> 1) & 1)
@@ -156,20 +160,20 @@ def _attend(
         p, acc, rest, total, top = fold_block(
             done + j, (end - 1 - j) * BLOCK_N, p, acc, rest, total, top, queries, keys, values, barriers, high,
             position, left, right, scale, cap, slope, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, PLAIN, True,
-            SPLIT, V_SPLIT, FENCE, part, PARTS, TURNS, SHORT,
+            SPLIT, V_SPLIT, FENCE, part, PARTS, TURNS, SHORT, BY_ROW,
         )  # fmt: skip
     for j in range(gl.maximum(end - ragged, 1), end - whole):
         p, acc, rest, total, top = fold_block(
             done + j, (end - 1 - j) * BLOCK_N, p, acc, rest, total, top, queries, keys, values, barriers, high,
             position, left, right, scale, cap, slope, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, PLAIN, False,
-            SPLIT, V_SPLIT, FENCE, part, PARTS, TURNS, SHORT,
+            SPLIT, V_SPLIT, FENCE, part, PARTS, TURNS, SHORT, BY_ROW,
         )  # fmt: skip
     if HAS_LEFT:
         for j in range(gl.maximum(end - whole, 1), end - begin):
             p, acc, rest, total, top = fold_block(
                 done + j, (end - 1 - j) * BLOCK_N, p, acc, rest, total, top, queries, keys, values, barriers, high,
                 position, left, right, scale, cap, slope, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, PLAIN, True,
-                SPLIT, V_SPLIT, FENCE, part, PARTS, TURNS, SHORT,
+                SPLIT, V_SPLIT, FENCE, part, PARTS, TURNS, SHORT, BY_ROW,
             )  # fmt: skip
     done += gl.maximum(end - begin, 1)
     hopper.fence_async_shared()
@@ -179,18 +183,18 @@ def _attend(
 
 @gluon.jit
 def _one(
-    part: gl.constexpr, turn, done, place, s, rows, given, q_side, out_side, scales, memory,
+    part: gl.constexpr, turn, done, place, s, step, rows, given, q_side, out_side, scales, memory,
     HEADS: gl.constexpr, GROUP: gl.constexpr, PACK: gl.constexpr, TOKENS: gl.constexpr, RAGGED: gl.constexpr,
     UNIT: gl.constexpr, DIM: gl.constexpr, V_DIM: gl.constexpr, PAGE_SIZE: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
     SINKS: gl.constexpr, PLAIN: gl.constexpr, LSE: gl.constexpr, FENCE: gl.constexpr,
     PARTS: gl.constexpr, TURNS: gl.constexpr, SHORT: gl.constexpr, LOOP: gl.constexpr,
-    Q_SCALES: gl.constexpr, K_SCALES: gl.constexpr, V_SCALES: gl.constexpr,
+    Q_SCALES: gl.constexpr, K_SCALES: gl.constexpr, V_SCALES: gl.constexpr, ROUND_Q: gl.constexpr,
 ):  # fmt: skip
     """One tile, whose first product is ``s``. Returns how many blocks are done then.
 
     With ``LOOP`` the first product of the next tile is made while this one's rows are stored: returned are where that
-    tile is, and the product.
+    tile is, the product, and what its rows are to be multiplied by.
     """
     total_tiles, rules, scale, work = given
     q_scale, k_scale, v_scale = scales
@@ -204,16 +208,18 @@ def _one(
     out += (out_start + token).to(gl.int64) * out_stride + head * out_head_stride
     lse += (out_start + token).to(gl.int64) * HEADS + head
     factor = scale * _scale(q_scale, head, GROUP, Q_SCALES) * _scale(k_scale, head, GROUP, K_SCALES)
+    if ROUND_Q:
+        factor = factor * step
     mine = (queries[0].index(part), queries[1].index(part))
     acc, rest, total, top, done = _attend(
         part, done, place, s, rules, factor, rows, mine, keys, values, barriers, PACK, TOKENS, DIM, V_DIM,
-        HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, SINKS, PLAIN, FENCE, PARTS, TURNS, SHORT,
+        HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, SINKS, PLAIN, FENCE, PARTS, TURNS, SHORT, ROUND_Q,
     )  # fmt: skip
     after = place
     if LOOP:
         after = tile_of(turn + 1, total_tiles, work, HEADS // PACK, PACK, TOKENS, RAGGED, PAGE_SIZE > 0)
         fetched = _fetch(after, q_side, queries, rows, PACK, TOKENS, UNIT, DIM)
-        s = _begin(part, done, after, fetched, memory, DIM)
+        s, step = _begin(part, done, after, fetched, rows, memory, DIM, ROUND_Q)
         acc, rest = wait_values(acc, rest, V_SPLIT, 2 if SPLIT else 1)
         mbarrier.arrive(v_empty.index((done - 1) & 1))
     else:
@@ -224,7 +230,7 @@ def _one(
     )  # fmt: skip
     if LOOP:
         s = hopper.warpgroup_mma_wait(0, deps=(s,))
-    return done, after, s
+    return done, after, s, step
 
 
 @gluon.jit
@@ -235,7 +241,7 @@ def consume(
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
     SINKS: gl.constexpr, PLAIN: gl.constexpr, LSE: gl.constexpr, FENCE: gl.constexpr,
     PARTS: gl.constexpr, TURNS: gl.constexpr, SHORT: gl.constexpr, LOOP: gl.constexpr,
-    Q_SCALES: gl.constexpr, K_SCALES: gl.constexpr, V_SCALES: gl.constexpr,
+    Q_SCALES: gl.constexpr, K_SCALES: gl.constexpr, V_SCALES: gl.constexpr, ROUND_Q: gl.constexpr,
 ):  # fmt: skip
     """Rows ``64 * part`` to ``64 * part + 63`` of each tile."""
     total, rules, scale, work = given
@@ -245,23 +251,25 @@ def consume(
     place = tile_of(0, total, work, HEADS // PACK, PACK, TOKENS, RAGGED, PAGE_SIZE > 0)
     done = 0
     fetched = _fetch(place, q_side, queries, rows, PACK, TOKENS, UNIT, DIM)
-    s = hopper.warpgroup_mma_wait(0, deps=(_begin(part, done, place, fetched, memory, DIM),))
+    s, step = _begin(part, done, place, fetched, rows, memory, DIM, ROUND_Q)
+    s = hopper.warpgroup_mma_wait(0, deps=(s,))
     if LOOP:
         for turn in range(gl.cdiv(total, gl.num_programs(0))):
             row, head, token, q_start, k_start, out_start, q_len, kv_len = place
             if token < q_len:
-                done, place, s = _one(
-                    part, turn, done, place, s, rows, given, q_side, out_side, scales, memory, HEADS, GROUP, PACK,
+                done, place, s, step = _one(
+                    part, turn, done, place, s, step, rows, given, q_side, out_side, scales, memory, HEADS, GROUP, PACK,
                     TOKENS, RAGGED, UNIT, DIM, V_DIM, PAGE_SIZE, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, SINKS, PLAIN, LSE,
-                    FENCE, PARTS, TURNS, SHORT, LOOP, Q_SCALES, K_SCALES, V_SCALES,
+                    FENCE, PARTS, TURNS, SHORT, LOOP, Q_SCALES, K_SCALES, V_SCALES, ROUND_Q,
                 )  # fmt: skip
             else:
                 place = tile_of(turn + 1, total, work, HEADS // PACK, PACK, TOKENS, RAGGED, PAGE_SIZE > 0)
                 fetched = _fetch(place, q_side, queries, rows, PACK, TOKENS, UNIT, DIM)
-                s = hopper.warpgroup_mma_wait(0, deps=(_begin(part, done, place, fetched, memory, DIM),))
+                s, step = _begin(part, done, place, fetched, rows, memory, DIM, ROUND_Q)
+                s = hopper.warpgroup_mma_wait(0, deps=(s,))
     else:
         _one(
-            part, 0, done, place, s, rows, given, q_side, out_side, scales, memory, HEADS, GROUP, PACK,
+            part, 0, done, place, s, step, rows, given, q_side, out_side, scales, memory, HEADS, GROUP, PACK,
             TOKENS, RAGGED, UNIT, DIM, V_DIM, PAGE_SIZE, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, SINKS, PLAIN, LSE,
-            FENCE, PARTS, TURNS, SHORT, LOOP, Q_SCALES, K_SCALES, V_SCALES,
+            FENCE, PARTS, TURNS, SHORT, LOOP, Q_SCALES, K_SCALES, V_SCALES, ROUND_Q,
         )  # fmt: skip

@@ -13,9 +13,11 @@ from hal_ops.attention._hopper_copy import rows_layout
 from hal_ops.attention._hopper_turns import pass_turn, wait_turn
 
 __all__ = [
-    "fetch_queries", "fold_block", "multiply_keys", "multiply_values", "pack", "product_layout", "put_queries", "softmax",
-    "store_rows", "times", "wait_values",
+    "fetch_queries", "fold_block", "multiply_keys", "multiply_values", "pack", "product_layout", "put_queries", "rounded",
+    "softmax", "store_rows", "times", "wait_values",
 ]  # fmt: skip
+
+E4M3_MAX = gl.constexpr(448.0)
 
 # Triton 3.9 calls it barrier.
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier
@@ -61,11 +63,17 @@ def _row_sum(x, SHORT: gl.constexpr):
 def softmax(
     s, keys, position, high, left, right, scale, cap, slope, top, total,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, PLAIN: gl.constexpr,
-    MASKED: gl.constexpr, SHORT: gl.constexpr,
+    MASKED: gl.constexpr, SHORT: gl.constexpr, BY_ROW: gl.constexpr,
 ):  # fmt: skip
-    """Weights of one block: ``p, shrink, total, top``; ``shrink`` is what earlier results are multiplied by."""
+    """Weights of one block: ``p, shrink, total, top``; ``shrink`` is what earlier results are multiplied by.
+
+    ``scale`` is a number, or one a row.
+    """
+    across = scale
+    if BY_ROW:
+        across = scale[:, None]
     if not PLAIN:
-        s = s * scale
+        s = s * across
         if SOFTCAP:
             s = cap - 2.0 * cap / (gl.exp2(s) + 1.0)
         if ALIBI:
@@ -79,7 +87,7 @@ def softmax(
         s = gl.where(seen, s, float("-inf"))
     if PLAIN:
         new_top = gl.maximum(top, _row_max(s, SHORT) * scale)
-        p = gl.exp2(s * scale - new_top[:, None])
+        p = gl.exp2(s * across - new_top[:, None])
     else:
         new_top = gl.maximum(top, _row_max(s, SHORT))
         p = gl.exp2(s - new_top[:, None])
@@ -184,6 +192,17 @@ def fetch_queries(base, offsets, valid, buffers, DIM: gl.constexpr):
 
 
 @gluon.jit
+def rounded(fetched, rows):
+    """Rows that were fetched, in e4m3, whose range each fills; and what they are to be multiplied by, laid out as ``rows``.
+    A row's numbers depend on nothing but itself, whatever else its tile holds."""
+    LAYOUT: gl.constexpr = rows.type.layout
+    x = fetched[0].to(gl.float32)
+    most = gl.maximum(gl.max(gl.abs(x), 1), 1e-30)
+    x = (x * (E4M3_MAX / most)[:, None]).to(gl.float8e4nv)
+    return (x, x), gl.convert_layout(most / E4M3_MAX, LAYOUT)
+
+
+@gluon.jit
 def put_queries(fetched, buffers, slot, DIM: gl.constexpr):
     """Rows that were fetched into the buffers of a slot, which nobody else reads. Returns these buffers."""
     whole, rest = buffers
@@ -212,7 +231,7 @@ def fold_block(
     position, left, right, scale, cap, slope, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
     SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, PLAIN: gl.constexpr, MASKED: gl.constexpr,
     SPLIT: gl.constexpr, V_SPLIT: gl.constexpr, FENCE: gl.constexpr,
-    part: gl.constexpr, PARTS: gl.constexpr, TURNS: gl.constexpr, SHORT: gl.constexpr,
+    part: gl.constexpr, PARTS: gl.constexpr, TURNS: gl.constexpr, SHORT: gl.constexpr, BY_ROW: gl.constexpr,
 ):  # fmt: skip
     """The kernel's block ``n``: multiplies the weights of the one before with its values, and makes those of this one."""
     k_full, k_empty, v_full, v_empty = barriers
@@ -230,7 +249,7 @@ def fold_block(
     columns = start + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, s.type.layout))
     p, shrink, total, top = softmax(
         s, columns, position, high, left, right, scale, cap, slope, top, total,
-        HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, PLAIN, MASKED, SHORT,
+        HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, PLAIN, MASKED, SHORT, BY_ROW,
     )  # fmt: skip
     # ptxas moves the wait for a product up to where the last one was issued, across any arithmetic, but not across a
     # branch; the one in this wait keeps the softmax beside the product.

@@ -237,6 +237,14 @@ def _fitting(table: tuple[Hopper, ...], dims: tuple[int, int]) -> Hopper | None:
     return next((config for config in table if dims[0] <= config.dim and dims[1] <= config.v_dim), None)
 
 
+def rounds_queries(request: AttentionRequest) -> bool:
+    """Whether the kernel for Hopper rounds q to the format of an FP8 cache, and multiplies keys as they are.
+
+    Not to ``float8_e5m2``, whose two bits leave scores of outliers off by more than the weights of 16 bits are.
+    """
+    return request.fp8_query and request.kv_dtype == "float8_e4m3fn"
+
+
 def in_boxes(config: Hopper, request: AttentionRequest) -> bool:
     """Whether the copy engine copies from the pages of a cache: they hold whole blocks."""
     return int(request.page_size) % config.block_n == 0

@@ -88,7 +88,8 @@ class AttentionCase(CountedCase):
             return (Comparison(f"{name}: out", (fault,)),)
         results = [compare(found["out"], right["out"], low["out"], dtype=dtype, name=f"{name}: out", slack=slack)]
         if "lse" in found:
-            results.append(compare_lse(found["lse"], right["lse"], dtype=dtype, name=f"{name}: lse"))
+            loose = 2.0 if rounds and not fresh else 1.0
+            results.append(compare_lse(found["lse"], right["lse"], dtype=dtype, name=f"{name}: lse", slack=loose))
         return tuple(results)
 
     def _oracle(self, accumulate: torch.dtype) -> dict[str, Tensor]:

@@ -26,7 +26,15 @@ from hal_ops._dtypes import is_fp8
 from hal_ops._gpu import gpu_of
 from hal_ops._triton_columns import vectors
 from hal_ops.attention import masks
-from hal_ops.attention._triton_configs import Config, Hopper, config_of, hopper_of, in_boxes, padded_on
+from hal_ops.attention._triton_configs import (
+    Config,
+    Hopper,
+    config_of,
+    hopper_of,
+    in_boxes,
+    padded_on,
+    rounds_queries,
+)
 from hal_ops.attention._triton_features import Features, check
 from hal_ops.attention._triton_place import place_tile
 from hal_ops.attention._triton_way import Way, gluon_works, key_of, known_turns, no_boxes
@@ -272,4 +280,5 @@ class _Extend:
         hopper = next((config for config in self.configs if isinstance(config, Hopper)), None)
         boxes = hopper is not None and in_boxes(hopper, self.request)
         scales = {"K_SCALES": k_scales, "V_SCALES": v_scales}
-        return {"LSE": return_lse, "PAGE_SIZE": size, "TMA": boxes, **scales, **self.vectors}
+        known = {"LSE": return_lse, "PAGE_SIZE": size, "TMA": boxes, "ROUND_Q": rounds_queries(self.request)}
+        return {**known, **scales, **self.vectors}

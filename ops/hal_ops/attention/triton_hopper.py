@@ -6,8 +6,8 @@ cannot express this. Keys and values are copied to shared memory asynchronously,
 of warps may take turns to multiply (:mod:`hal_ops.attention._hopper_turns`), and go from tile to tile without a pause
 (:mod:`hal_ops.attention._hopper_tiles`).
 
-FP8: a prefill multiplies q and k as they are. The copying warps convert values to float16, and the keys of a cache to the
-format of q.
+FP8: a prefill multiplies q and k as they are, and so does an extend over a cache in e4m3 that may round q (``ROUND_Q``: row
+by row, in registers). The copying warps convert values to float16, and else the keys of a cache to the format of q.
 
 Blocks are visited from the last to the first. Everything else is as in :mod:`triton_common`.
 """
@@ -35,7 +35,7 @@ def _tiles(
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
     SINKS: gl.constexpr, PLAIN: gl.constexpr, LSE: gl.constexpr, PARTS: gl.constexpr, REGISTERS: gl.constexpr,
     COPY_REGISTERS: gl.constexpr, TURNS: gl.constexpr, SHORT: gl.constexpr, LOOP: gl.constexpr,
-    Q_SCALES: gl.constexpr, K_SCALES: gl.constexpr, V_SCALES: gl.constexpr,
+    Q_SCALES: gl.constexpr, K_SCALES: gl.constexpr, V_SCALES: gl.constexpr, ROUND_Q: gl.constexpr,
 ):  # fmt: skip
     """All tiles of this program, each of ``64 * PARTS`` rows: with ``LOOP`` several, else one."""
     TOKENS: gl.constexpr = 64 * PARTS // PACK
@@ -45,10 +45,12 @@ def _tiles(
             return
     q_dtype: gl.constexpr = q_side[0].dtype.element_ty
     k_dtype: gl.constexpr = k_side[0].dtype.element_ty
+    FORMAT: gl.constexpr = k_dtype if ROUND_Q else q_dtype
     FP8: gl.constexpr = k_dtype.primitive_bitwidth == 8
-    WIDER: gl.constexpr = q_dtype != k_dtype
-    queries = pair_of_buffers(q_dtype, PARTS, 64, CUT, REST)
-    keys = pair_of_buffers(q_dtype, 2, BLOCK_N, CUT, REST)
+    WIDER: gl.constexpr = k_dtype != FORMAT
+    gl.static_assert(REST == 0 or not ROUND_Q, "queries are rounded in one part")
+    queries = pair_of_buffers(FORMAT, PARTS, 64, CUT, REST)
+    keys = pair_of_buffers(FORMAT, 2, BLOCK_N, CUT, REST)
     values = pair_of_buffers(gl.float16 if FP8 else k_dtype, 2, BLOCK_N, V_CUT, V_REST)
     k_full, k_empty = barriers_of(1 if TMA or WIDER else 128, 2), barriers_of(PARTS, 2)
     v_full, v_empty = barriers_of(1 if TMA or FP8 else 128, 2), barriers_of(PARTS, 2)
@@ -68,10 +70,10 @@ def _tiles(
             [
                 (consume, (0, given, q_side, out_side, scales, memory, HEADS, GROUP, PACK, TOKENS, RAGGED, UNIT, DIM,
                            V_DIM, PAGE_SIZE, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, SINKS, PLAIN, LSE, not TMA, PARTS,
-                           TURNS, SHORT, LOOP, Q_SCALES, K_SCALES, V_SCALES)),
+                           TURNS, SHORT, LOOP, Q_SCALES, K_SCALES, V_SCALES, ROUND_Q)),
                 (consume, (1, given, q_side, out_side, scales, memory, HEADS, GROUP, PACK, TOKENS, RAGGED, UNIT, DIM,
                            V_DIM, PAGE_SIZE, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, SINKS, PLAIN, LSE, not TMA, PARTS,
-                           TURNS, SHORT, LOOP, Q_SCALES, K_SCALES, V_SCALES)),
+                           TURNS, SHORT, LOOP, Q_SCALES, K_SCALES, V_SCALES, ROUND_Q)),
                 (produce, (copied, k_side, v_side, mine, HEADS, GROUP, PACK, TOKENS, RAGGED, UNIT, DIM, V_DIM,
                            PAGE_SIZE, TMA, HAS_LEFT, HAS_RIGHT, LOOP)),
             ],
@@ -82,13 +84,13 @@ def _tiles(
             [
                 (consume, (0, given, q_side, out_side, scales, memory, HEADS, GROUP, PACK, TOKENS, RAGGED, UNIT, DIM,
                            V_DIM, PAGE_SIZE, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, SINKS, PLAIN, LSE, not TMA, PARTS,
-                           TURNS, SHORT, LOOP, Q_SCALES, K_SCALES, V_SCALES)),
+                           TURNS, SHORT, LOOP, Q_SCALES, K_SCALES, V_SCALES, ROUND_Q)),
                 (consume, (1, given, q_side, out_side, scales, memory, HEADS, GROUP, PACK, TOKENS, RAGGED, UNIT, DIM,
                            V_DIM, PAGE_SIZE, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, SINKS, PLAIN, LSE, not TMA, PARTS,
-                           TURNS, SHORT, LOOP, Q_SCALES, K_SCALES, V_SCALES)),
+                           TURNS, SHORT, LOOP, Q_SCALES, K_SCALES, V_SCALES, ROUND_Q)),
                 (consume, (2, given, q_side, out_side, scales, memory, HEADS, GROUP, PACK, TOKENS, RAGGED, UNIT, DIM,
                            V_DIM, PAGE_SIZE, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, SINKS, PLAIN, LSE, not TMA, PARTS,
-                           TURNS, SHORT, LOOP, Q_SCALES, K_SCALES, V_SCALES)),
+                           TURNS, SHORT, LOOP, Q_SCALES, K_SCALES, V_SCALES, ROUND_Q)),
                 (produce, (copied, k_side, v_side, mine, HEADS, GROUP, PACK, TOKENS, RAGGED, UNIT, DIM, V_DIM,
                            PAGE_SIZE, TMA, HAS_LEFT, HAS_RIGHT, LOOP)),
             ],
@@ -132,7 +134,7 @@ def hopper_prefill(
         sinks if SINKS else lse, slopes if ALIBI else lse, left, right, scale, cap, lse, 0,
         HEADS, GROUP, PACK, RAGGED, UNIT, 0, True, DIM, CUT, REST, V_DIM, V_CUT, V_REST, BLOCK_N,
         HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, SINKS, PLAIN, LSE, PARTS, REGISTERS, COPY_REGISTERS, TURNS, SHORT, LOOP,
-        Q_SCALES, K_SCALES, V_SCALES,
+        Q_SCALES, K_SCALES, V_SCALES, False,
     )  # fmt: skip
 
 
@@ -155,7 +157,7 @@ def hopper_extend(
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
     SINKS: gl.constexpr, PLAIN: gl.constexpr, LSE: gl.constexpr, PARTS: gl.constexpr, REGISTERS: gl.constexpr,
     COPY_REGISTERS: gl.constexpr, TURNS: gl.constexpr, SHORT: gl.constexpr, LOOP: gl.constexpr,
-    K_SCALES: gl.constexpr, V_SCALES: gl.constexpr,
+    K_SCALES: gl.constexpr, V_SCALES: gl.constexpr, ROUND_Q: gl.constexpr,
 ):  # fmt: skip
     """The same as :func:`hal_ops.attention.triton_extend.extend_kernel`, of ``total`` tiles."""
     _tiles(
@@ -167,5 +169,5 @@ def hopper_extend(
         sinks if SINKS else lse, slopes if ALIBI else lse, left, right, scale, cap, table, table_stride,
         HEADS, GROUP, PACK, True, 1, PAGE_SIZE, TMA, DIM, CUT, REST, V_DIM, V_CUT, V_REST, BLOCK_N,
         HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, SINKS, PLAIN, LSE, PARTS, REGISTERS, COPY_REGISTERS, TURNS, SHORT, LOOP,
-        0, K_SCALES, V_SCALES,
+        0, K_SCALES, V_SCALES, ROUND_Q,
     )  # fmt: skip

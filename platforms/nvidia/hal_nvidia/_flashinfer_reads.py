@@ -10,13 +10,11 @@ __all__ = ["aligned", "readable"]
 _BYTES = 16
 
 
-def aligned(*tensors: Tensor) -> bool:
-    """Whether every row of the last dims begins at a multiple of 16 bytes."""
-    places = 0
-    for x in tensors:
-        places |= x.data_ptr()
-        for stride in x.stride()[:-1]:
-            places |= stride * x.itemsize
+def aligned(x: Tensor) -> bool:
+    """Whether every row of the last dim begins at a multiple of 16 bytes."""
+    places = x.data_ptr()
+    for stride in x.stride()[:-1]:
+        places |= stride * x.itemsize
     return places % _BYTES == 0
 
 
