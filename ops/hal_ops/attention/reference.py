@@ -159,7 +159,7 @@ def attend(
     Returns ``(out, lse)`` in ``accumulate``: ``[q_len, num_q_heads, v_head_dim]`` and ``[q_len, num_q_heads]``.
     """
     rows = max(1, _SCORES_AT_ONCE // max(1, k.shape[0] * request.num_q_heads))
-    k, v = (x.to(accumulate).repeat_interleave(request.group_size, 1).transpose(0, 1) for x in (k, v))
+    k, v = (x.to(accumulate).transpose(0, 1) for x in (k, v))
     sinks = None if sinks is None else sinks.to(accumulate).view(-1, 1, 1)
     shift = k.shape[1] - q.shape[0]
     pairs = [
@@ -178,12 +178,18 @@ def _rows(
     sinks: Tensor | None,
     slopes: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Some queries of a sequence, the first at ``position``; all three are ``[heads, rows or keys, dim]``."""
-    distance = masks.relative(q.shape[1], k.shape[1], position, q.device)
-    seen = masks.visible(distance, masks.sides(request.causal, request.window))
-    used = seen.any(0)
-    distance, seen, k, v = distance[:, used], seen[:, used], k[:, used], v[:, used]
-    scores = q @ k.transpose(1, 2) * request.softmax_scale
+    """Some queries of a sequence, the first at ``position``; all three are ``[heads, rows or keys, dim]``.
+
+    The query heads of one head of keys are multiplied with it as if they were more queries.
+    """
+    heads, rows, dim = q.shape
+    limits = masks.sides(request.causal, request.window)
+    low, high = masks.key_range(position, position + rows - 1, k.shape[1], k.shape[1], limits)
+    k, v = k[:, low:high], v[:, low:high]
+    distance = masks.relative(rows, high - low, position - low, q.device)
+    seen = masks.visible(distance, limits)
+    scores = q.reshape(k.shape[0], request.group_size * rows, dim) @ k.transpose(1, 2) * request.softmax_scale
+    scores = scores.view(heads, rows, high - low)
     if request.softcap:
         scores = request.softcap * torch.tanh(scores / request.softcap)
     if slopes is not None:
@@ -194,14 +200,16 @@ def _rows(
 def _softmax(scores: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
     extra = scores.new_full((*scores.shape[:-1], 1), -torch.inf)
     extra = extra if sinks is None else sinks.expand_as(extra)
-    top = torch.cat([scores, extra], -1).detach().amax(-1, keepdim=True)
+    top = torch.maximum(scores.amax(-1, keepdim=True), extra).detach() if scores.shape[-1] else extra.detach()
     top = top.masked_fill(top == -torch.inf, 0.0)
     weights = torch.exp(scores - top)
     total = weights.sum(-1, keepdim=True) + torch.exp(extra - top)
     nothing = total == 0
     total = total.masked_fill(nothing, 1.0)
     lse = (top + torch.log(total)).masked_fill(nothing, -torch.inf)
-    return weights @ v / total, lse.squeeze(-1)
+    heads, rows, keys = weights.shape
+    out = weights.view(v.shape[0], heads // v.shape[0] * rows, keys) @ v
+    return out.view(heads, rows, v.shape[2]) / total, lse.squeeze(-1)
 
 
 def _join(
