@@ -19,6 +19,10 @@ from hal_ops.attention import PHASES
 
 _modules = itertools.count()
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Before torch is imported: tests run side by side already, and threads of each would wait for those of the others.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
@@ -40,12 +44,34 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write the golden files anew; review the diff")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests marked ``gpu`` run where an accelerator is, and are skipped elsewhere."""
+    if hasattr(config, "workerinput"):
+        items[:] = long_ones_early(items)
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and not any(d.platform != "cpu" and not d.unusable for d in hal.devices()):
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="no usable accelerator on this machine"))
+
+
+def long_ones_early(items: list[pytest.Item]) -> list[pytest.Item]:
+    """The same tests, those marked ``long`` spread over the first quarter, between modules.
+
+    xdist begins by giving each process a run of neighbours, a quarter of the tests in all. So each gets some of the long
+    ones, and at the end no process waits for another one's.
+    """
+    early = [item for item in items if item.get_closest_marker("long")]
+    others = [item for item in items if not item.get_closest_marker("long")]
+    step = len(others) / 4 / max(1, len(early))
+    found: list[pytest.Item] = []
+    begun = 0
+    for place, item in enumerate(others):
+        new_module = place == 0 or others[place - 1].path != item.path
+        while new_module and begun < len(early) and place >= begun * step:
+            found.append(early[begun])
+            begun += 1
+        found.append(item)
+    return [*found, *early[begun:]]
 
 
 FREE: dict[str, hal.Constraint] = {

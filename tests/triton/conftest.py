@@ -66,7 +66,9 @@ class InterpretedModule(pytest.File):
     """One module of tests, run by :class:`InterpretedRun`."""
 
     def collect(self) -> Iterator[pytest.Item]:
-        yield InterpretedRun.from_parent(self, name="interpreted")
+        run = InterpretedRun.from_parent(self, name="interpreted")
+        run.add_marker("long")
+        yield run
 
 
 class InterpretedRun(pytest.Item):
