@@ -186,28 +186,31 @@ def _rows(
     limits = masks.sides(request.causal, request.window)
     low, high = masks.key_range(position, position + rows - 1, k.shape[1], k.shape[1], limits)
     k, v = k[:, low:high], v[:, low:high]
-    distance = masks.relative(rows, high - low, position - low, q.device)
-    seen = masks.visible(distance, limits)
-    scores = q.reshape(k.shape[0], request.group_size * rows, dim) @ k.transpose(1, 2) * request.softmax_scale
-    scores = scores.view(heads, rows, high - low)
+    scores = q.reshape(k.shape[0], request.group_size * rows, dim) @ k.transpose(1, 2)
+    scores = scores.mul_(request.softmax_scale).view(heads, rows, high - low)
     if request.softcap:
         scores = request.softcap * torch.tanh(scores / request.softcap)
-    if slopes is not None:
-        scores = scores + masks.alibi_bias(distance, slopes, scores.dtype)
-    return _softmax(scores.masked_fill(~seen, -torch.inf), v, sinks)
+    if slopes is not None or limits != (None, None):
+        distance = masks.relative(rows, high - low, position - low, q.device)
+        if slopes is not None:
+            scores = scores + masks.alibi_bias(distance, slopes, scores.dtype)
+        scores = scores.masked_fill_(~masks.visible(distance, limits), -torch.inf)
+    return _softmax(scores, v, sinks)
 
 
 def _softmax(scores: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
-    extra = scores.new_full((*scores.shape[:-1], 1), -torch.inf)
-    extra = extra if sinks is None else sinks.expand_as(extra)
-    top = torch.maximum(scores.amax(-1, keepdim=True), extra).detach() if scores.shape[-1] else extra.detach()
+    heads, rows, keys = scores.shape
+    top = scores.detach().amax(-1, keepdim=True) if keys else scores.new_full((heads, rows, 1), -torch.inf)
+    if sinks is not None:
+        top = torch.maximum(top, sinks.detach())
     top = top.masked_fill(top == -torch.inf, 0.0)
-    weights = torch.exp(scores - top)
-    total = weights.sum(-1, keepdim=True) + torch.exp(extra - top)
+    weights = (scores - top).exp_()
+    total = weights.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + torch.exp(sinks - top)
     nothing = total == 0
     total = total.masked_fill(nothing, 1.0)
     lse = (top + torch.log(total)).masked_fill(nothing, -torch.inf)
-    heads, rows, keys = weights.shape
     out = weights.view(v.shape[0], heads // v.shape[0] * rows, keys) @ v
     return out.view(heads, rows, v.shape[2]) / total, lse.squeeze(-1)
 
