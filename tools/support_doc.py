@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -140,6 +141,7 @@ def _where(kernel: hal.Kernel) -> str:
     return " or ".join(words) or "arch"
 
 
+@functools.cache
 def _corners(kernel: hal.Kernel, op: Op, device: hal.Device | None) -> list[Request]:
     """Requests that the kernel admits, with the newest of all that it needs."""
     names = ["torch", "triton", *(n for needs in kernel.needs for n in needs.names())]
