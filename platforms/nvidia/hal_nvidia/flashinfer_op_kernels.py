@@ -106,7 +106,6 @@ def _kernel(
     copies: str,
     *,
     copies_with: Mapping[str, str] = MappingProxyType({}),
-    evidence: str = "emulated",
     note: str = "",
 ) -> Kernel:
     return Kernel(
@@ -121,7 +120,7 @@ def _kernel(
         check=_heads,
         copies=copies,
         copies_with=copies_with,
-        evidence={"sm_90": evidence, "*": "emulated"},
+        evidence={"sm_90": "run", "*": "emulated"},
         note=f"compiles on first use{note and '; '}{note}",
     )
 
@@ -136,7 +135,6 @@ KERNELS = (
         _NORM,
         _READS,
         copies_with={"weight_offset": "x and out, where their rows are not evenly spaced"},
-        evidence="run",
     ),
     _kernel(
         "fused_add_rms_norm",
@@ -146,8 +144,8 @@ KERNELS = (
         note="normalises the sum before it is rounded",
     ),
     _kernel("layer_norm", "ops", _LAYER_NORM, f"x, where it is not contiguous; the result, into an out; {_READS}"),
-    _kernel("silu_and_mul", "ops", _ROWS, _GATE_COPIES, evidence="run"),
-    _kernel("gelu_and_mul", "ops", {**_ROWS, "approximate": OneOf("none", "tanh")}, _GATE_COPIES, evidence="run"),
+    _kernel("silu_and_mul", "ops", _ROWS, _GATE_COPIES),
+    _kernel("gelu_and_mul", "ops", {**_ROWS, "approximate": OneOf("none", "tanh")}, _GATE_COPIES),
     _kernel(
         "rotary_embedding",
         "rotary",
