@@ -15,6 +15,7 @@ from torch import Tensor
 from hal_ops._dtypes import FP8_DTYPES, is_fp8, torch_dtype
 from hal_ops.kv_cache.op import KvCacheWriteRequest
 from hal_ops.kv_layout import by_token
+from hal_ops.skipping import repeating
 
 __all__ = ["DTYPES", "KV_DTYPES", "write"]
 
@@ -70,12 +71,10 @@ def _put_all(values: Tensor, cache: Tensor, slots: Tensor, size: int) -> None:
 
     Where all are skipped, one slot is given what it holds.
     """
-    kept = slots >= 0
-    some = kept.to(torch.uint8).argmax()
-    source = torch.where(kept, torch.arange(slots.shape[0], device=slots.device), some)
+    source, some = repeating(slots)
     slots = slots[source].clamp_min(0)
     place = (slots // size, slots % size)
-    cache[place] = torch.where(kept.any(), values[source], cache[place])
+    cache[place] = torch.where(some, values[source], cache[place])
 
 
 def _converter(kv_dtype: str) -> Callable[[Tensor, Tensor | None], Tensor]:

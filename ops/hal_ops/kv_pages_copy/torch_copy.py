@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hal_ops._dtypes import is_fp8
 from hal_ops.kv_pages_copy.op import KvPagesCopyRequest
+from hal_ops.skipping import repeating
 
 __all__ = ["kv_pages_copy"]
 
@@ -27,11 +28,9 @@ def kv_pages_copy(request: KvPagesCopyRequest, device: object) -> Callable[..., 
         if not len(source):
             return
         # A skipped pair repeats one that is not skipped; where all are, a page is given what it holds.
-        kept = (source >= 0) & (target >= 0)
-        some = kept.to(torch.uint8).argmax()
-        pair = torch.where(kept, torch.arange(len(source), device=source.device), some)
+        pair, some = repeating(torch.minimum(source, target))
         to = target[pair].clamp_min(0).long()
-        at = torch.where(kept.any(), source[pair].clamp_min(0).long(), to)
+        at = torch.where(some, source[pair].clamp_min(0).long(), to)
         for cache in (k_cache, v_cache):
             bits = cache.view(torch.uint8) if fp8 else cache  # torch 2.6.0 cannot index FP8
             bits[to] = bits[at]

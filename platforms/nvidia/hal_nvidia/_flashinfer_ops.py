@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import hal
-from hal_nvidia._flashinfer_reads import aligned, readable
+from hal_nvidia._flashinfer_reads import FAR, aligned, near, readable
 from hal_ops.fused_add_rms_norm import FusedAddRmsNormRequest
 from hal_ops.gelu_and_mul import GeluAndMulRequest
 from hal_ops.layer_norm import LayerNormRequest
@@ -32,18 +32,21 @@ def rms_norm(request: RmsNormRequest, device: hal.Device) -> Callable[..., Tenso
     function, eps = norm.rmsnorm, request.eps
 
     def call(x: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tensor:
+        if out is None and x.dim() == 2:
+            space = x.stride()[0]
+            if 0 < x.shape[0] * space < FAR and not (x.data_ptr() | 2 * space | weight.data_ptr()) & _LAST:
+                found: Tensor = function(x, weight, eps)
+                return found
         if not x.numel():
             return _empty(x, out)
-        if out is None and x.dim() == 2 and not (x.data_ptr() | 2 * x.stride(0) | weight.data_ptr()) & _LAST:
-            found: Tensor = function(x, weight, eps)
-            return found
-        x, weight = readable(x), readable(weight)
         if out is None:
             out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        if not aligned(out):
-            return out.copy_(call(x, weight))
-        rows, results = _alike(x, out)
-        function(rows, weight, eps, out=results)
+        for part, result in near(x, out):
+            target = result if aligned(result) else result.new_empty(result.shape)
+            rows, results = _alike(readable(part), target)
+            function(rows, readable(weight), eps, out=results)
+            if target is not result:
+                result.copy_(target)
         return out
 
     return call
@@ -55,12 +58,15 @@ def _of_rows(function: Callable[..., Any], eps: float) -> Callable[..., Tensor]:
     def call(x: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tensor:
         if not x.numel():
             return _empty(x, out)
-        shape = (math.prod(x.shape[:-1]), x.shape[-1])
-        results = None if out is None or not aligned(out) else _seen(out, shape)
-        found: Tensor = function(readable(x.reshape(shape)), readable(weight), eps, out=results)
         if out is None:
-            return found.view(x.shape)
-        return out if results is not None else out.copy_(found.view(x.shape))
+            out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        for part, result in near(x, out):
+            shape = (math.prod(part.shape[:-1]), part.shape[-1])
+            results = _seen(result, shape) if aligned(result) else None
+            found: Tensor = function(readable(part.reshape(shape)), readable(weight), eps, out=results)
+            if results is None:
+                result.copy_(found.view(part.shape))
+        return out
 
     return call
 
@@ -72,24 +78,29 @@ def fused_add_rms_norm(request: FusedAddRmsNormRequest, device: hal.Device) -> C
     eps = request.eps
 
     def call(x: Tensor, residual: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tensor:
-        if not x.numel():
-            return _empty(x, out)
         if out is x and x.dim() == 2:
-            spaces = 2 * (x.stride(0) | residual.stride(0))
-            if not (x.data_ptr() | residual.data_ptr() | weight.data_ptr() | spaces) & _LAST:
+            spaces = x.stride()[0] | residual.stride()[0]
+            places = x.data_ptr() | residual.data_ptr() | weight.data_ptr() | 2 * spaces
+            if 0 < x.shape[0] * spaces < FAR and not places & _LAST:
                 function(x, residual, weight, eps)
                 return x
-        shape = (math.prod(x.shape[:-1]), x.shape[-1])
-        result = out
-        if result is None or not aligned(result) or _seen(result, shape) is None:
-            result = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        if result is not x:
-            result.copy_(x)
-        total = readable(residual.reshape(shape))
-        function(result.view(shape), total, readable(weight), eps)
-        if total.data_ptr() != residual.data_ptr():
-            residual.copy_(total.view(residual.shape))
-        return result if out is None or out is result else out.copy_(result)
+        if not x.numel():
+            return _empty(x, out)
+        if out is None:
+            out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        if out is not x:
+            out.copy_(x)
+        for result, total in near(out, residual):
+            added(result, total, weight)
+        return out
+
+    def added(result: Tensor, residual: Tensor, weight: Tensor) -> None:
+        shape = (math.prod(result.shape[:-1]), result.shape[-1])
+        rows, total = readable(result.reshape(shape)), readable(residual.reshape(shape))
+        function(rows, total, readable(weight), eps)
+        for made, given in ((rows, result), (total, residual)):
+            if made.data_ptr() != given.data_ptr():
+                given.copy_(made.view(given.shape))
 
     return call
 
@@ -103,17 +114,26 @@ def layer_norm(request: LayerNormRequest, device: hal.Device) -> Callable[..., T
     ) -> Tensor:
         if weight is None or bias is None:
             raise ValueError("weight or bias is missing: this was bound with both")
-        if not x.numel():
-            return _empty(x, out)
         places = x.data_ptr() | weight.data_ptr() | bias.data_ptr()
-        if out is None and x.dim() == 2 and x.is_contiguous() and not places & _LAST:
+        if out is None and x.dim() == 2 and x.is_contiguous() and 0 < x.numel() < FAR and not places & _LAST:
             found: Tensor = function(x, weight, bias, eps)
             return found
-        rows = readable(x.contiguous().view(math.prod(x.shape[:-1]), x.shape[-1]))
-        found = function(rows, readable(weight), readable(bias), eps)
-        return found.view(x.shape) if out is None else out.copy_(found.view(x.shape))
+        if not x.numel():
+            return _empty(x, out)
+        if out is None and x.numel() < FAR:
+            found = function(_rows(x), readable(weight), readable(bias), eps)
+            return found.view(x.shape)
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+        for part, result in near(x, out):
+            result.copy_(function(_rows(part), readable(weight), readable(bias), eps).view(part.shape))
+        return out
 
     return call
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``[rows, hidden]`` one behind the other; a copy where x has gaps, or begins at another address."""
+    return readable(x.contiguous().view(math.prod(x.shape[:-1]), x.shape[-1]))
 
 
 def silu_and_mul(request: SiluAndMulRequest, device: hal.Device) -> Callable[..., Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.nn import functional
 import hal
 from hal_nvidia import _flashinfer_pool as pool
 from hal_nvidia._flashinfer_pool import Lease
+from hal_nvidia._flashinfer_reads import refuse_far, refuse_many
 from hal_nvidia._flashinfer_tables import Tables, page_tables
 from hal_ops import torch_dtype
 from hal_ops.attention import AttentionRequest, Step
@@ -34,7 +35,7 @@ class Paged:
         self,
         request: AttentionRequest,
         device: hal.Device,
-        make: Callable[..., Any],
+        make: functools.partial[Any],
         arguments: Mapping[str, Any],
         *,
         uniform: bool,
@@ -47,6 +48,7 @@ class Paged:
         self._uniform = uniform
         self._sinks = request.sinks
         self._scale = request.softmax_scale
+        self._narrow = make.keywords["backend"] == "fa2"
         self._compile()
 
     def plan(self, step: Step) -> Lease:
@@ -78,6 +80,8 @@ class Paged:
     ) -> Any:
         if q.shape[0] != payload.tokens or not payload.tokens:
             return self._padded(q, k_cache, v_cache, step, payload, sinks, k_scale, v_scale, return_lse)
+        if not (q.is_contiguous() or q.stride() == payload.near):
+            self._look(q, payload)
         if k_scale is not None:
             q = _times(q, k_scale, torch.empty_like(q))
         extra = (sinks, self._scale) if self._sinks else ()
@@ -88,6 +92,11 @@ class Paged:
         if return_lse:
             found[1].mul_(_LN_2)
         return found
+
+    def _look(self, q: Tensor, payload: Lease) -> None:
+        if self._narrow:
+            refuse_far(q)
+        payload.near = q.stride()
 
     def _padded(
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, step: Step, payload: Lease,
@@ -113,7 +122,9 @@ class Paged:
 
     def _fill(self, taken: Lease, tables: Tables) -> None:
         lengths = () if self._uniform else (tables.qo_indptr,)
-        taken.tokens = tables.tokens
+        taken.tokens, taken.near = tables.tokens, None
+        if self._narrow:
+            refuse_many(tables.tokens, self._request.num_q_heads, self._request.head_dim)
         taken.plan(
             lambda wrapper: wrapper.plan(
                 *lengths,

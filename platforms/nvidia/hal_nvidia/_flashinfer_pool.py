@@ -64,7 +64,7 @@ class Held:
 class Lease:
     """One wrapper, held until the lease is gone."""
 
-    __slots__ = ("__weakref__", "_held", "run", "tokens", "wrapper")
+    __slots__ = ("__weakref__", "_held", "near", "run", "tokens", "wrapper")
 
     def __init__(self, held: Held) -> None:
         self._held = held
@@ -72,6 +72,8 @@ class Lease:
         self.run: Callable[..., Any] = held.wrapper.run
         self.tokens = 0
         """Query tokens that the wrapper is planned for."""
+        self.near: tuple[int, ...] | None = None
+        """Strides of queries that have gaps, and were found within reach."""
 
     def plan(self, fill: Callable[[Any], None]) -> None:
         """Let ``fill`` plan the wrapper. Waits for nothing but copies of its last plan that are still queued."""

@@ -28,6 +28,7 @@ from torch import Tensor
 import hal
 from hal_nvidia import _flashinfer_pool as pool
 from hal_nvidia._flashinfer_pool import Lease
+from hal_nvidia._flashinfer_reads import refuse_far, refuse_many
 from hal_nvidia._flashinfer_tables import cumulative
 from hal_ops.attention import AttentionRequest, Step
 
@@ -48,6 +49,7 @@ class Prefill:
         self._place = device.torch_device()
         self._make = make
         self._arguments = dict(arguments)
+        self._narrow = make.keywords["backend"] == "fa2"
         self._dense: collections.OrderedDict[tuple[int, ...], Planned] = collections.OrderedDict()
         self._planned([1], [1])
 
@@ -77,6 +79,8 @@ class Prefill:
     def for_dense(self, q: Tensor, k: Tensor, v: Tensor) -> Callable[[Tensor, Tensor, Tensor], Any]:
         """A callable for tensors that are alike: it plans once a stream."""
         batch, q_len, kv_len = q.shape[0], q.shape[1], k.shape[1]
+        if self._narrow:
+            refuse_far(q, k, v)
         size = (batch, q_len, self._request.num_q_heads, self._request.v_head_dim)
         rows_of_q, rows_of_k, rows_of_v = (_rows_of(x) for x in (q, k, v))
         place, shaped = self._place, operator.methodcaller("view", size)
@@ -118,15 +122,18 @@ class Prefill:
     def _planned(self, q_lens: Sequence[int], kv_lens: Sequence[int]) -> Planned:
         holes = list(_unseeing(q_lens, kv_lens, self._request.causal))
         kept, planned = [], q_lens
-        if holes and self._request.causal and self._make.keywords["backend"] == "fa2":
+        if holes and self._request.causal and self._narrow:
             kept = list(_seeing(q_lens, kv_lens))
             planned = [min(pair) for pair in zip(q_lens, kv_lens, strict=True)]
+        if self._narrow:
+            refuse_many(sum(planned), self._request.num_q_heads, self._request.head_dim)
+            refuse_many(sum(kv_lens), self._request.num_kv_heads, self._request.head_dim)
         taken = self._pooled()
         if sum(planned):
             self._fill(taken, planned, kv_lens)
         if kept:
-            return _Trimmed(taken, kept, sum(q_lens), self._request.v_head_dim)
-        return Planned(taken, holes, sum(q_lens), self._request.v_head_dim)
+            return _Trimmed(taken, kept, sum(q_lens), self._request.v_head_dim, self._narrow)
+        return Planned(taken, holes, sum(q_lens), self._request.v_head_dim, self._narrow)
 
     def _fill(self, taken: Lease, q_lens: Sequence[int], kv_lens: Sequence[int]) -> None:
         request = self._request
@@ -152,8 +159,10 @@ class Prefill:
 class Planned:
     """Prefill with lengths that are known. The cumulative lengths of the call are those it was planned for."""
 
-    def __init__(self, taken: Lease, holes: list[slice], tokens: int, v_head_dim: int) -> None:
+    def __init__(self, taken: Lease, holes: list[slice], tokens: int, v_head_dim: int, narrow: bool) -> None:
         self._lease = taken
+        self._narrow = narrow
+        self._near: tuple[Any, ...] | None = None
         self._run = taken.wrapper.run
         self._holes = holes
         self._tokens = tokens
@@ -175,7 +184,16 @@ class Planned:
     ) -> Any:
         if q.shape[0] != self._tokens or not self._tokens:
             return self._padded(q, k, v, return_lse)
+        if self._narrow and not (q.is_contiguous() and k.is_contiguous() and v.is_contiguous()):
+            self._look(q, k, v)
         return self._attend(q, k, v, return_lse)
+
+    def _look(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Look at the reach of tensors with gaps, once for those that are alike."""
+        strides = q.stride(), k.stride(), v.stride()
+        if strides != self._near:
+            refuse_far(q, k, v)
+            self._near = strides
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, return_lse: bool) -> Any:
         found = self._run(q, k, v, return_lse=return_lse)
@@ -208,8 +226,8 @@ class Planned:
 class _Trimmed(Planned):
     """The same for queries of which the library gets ``kept`` alone: tokens of each sequence, in its order."""
 
-    def __init__(self, taken: Lease, kept: list[slice], tokens: int, v_head_dim: int) -> None:
-        super().__init__(taken, [], tokens, v_head_dim)
+    def __init__(self, taken: Lease, kept: list[slice], tokens: int, v_head_dim: int, narrow: bool) -> None:
+        super().__init__(taken, [], tokens, v_head_dim, narrow)
         self._kept = kept
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, return_lse: bool) -> Any:

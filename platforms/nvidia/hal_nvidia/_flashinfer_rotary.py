@@ -13,7 +13,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 import hal
 from hal_nvidia._flashinfer_reads import readable
@@ -49,8 +48,11 @@ def _by_token(cos: Tensor, sin: Tensor, positions: Tensor) -> tuple[Tensor, Tens
     positions = positions.view(-1)
     count, half = positions.shape[0], cos.shape[-1]
     table = torch.empty(count + 1, 2 * half, dtype=torch.float32, device=cos.device)
-    for place, given in enumerate((cos, sin)):
-        table[:count, place * half : (place + 1) * half] = functional.embedding(positions, given)
+    for given, rows in zip((cos, sin), table[:count].chunk(2, 1), strict=True):
+        if given.dtype == table.dtype:
+            torch.index_select(given, 0, positions, out=rows)
+        else:
+            rows.copy_(given.index_select(0, positions))
     return torch.arange(count, dtype=torch.int32, device=cos.device), table
 
 

@@ -17,15 +17,20 @@ import hal
 from hal_nvidia._flashinfer_reads import aligned
 from hal_ops.kv_cache import KvCacheWriteRequest
 from hal_ops.kv_layout import by_token
+from hal_ops.skipping import repeating
 
 __all__ = ["kv_cache_write"]
+
+_FAR_STRIDE = 1 << 32
+"""``page.cuh`` keeps strides in uint32."""
 
 
 def kv_cache_write(request: KvCacheWriteRequest, device: hal.Device) -> Callable[..., None]:
     """``append_paged_kv_cache``.
 
     Raises:
-        ValueError: of the call, for caches of different strides, or whose heads do not begin at multiples of 16 bytes.
+        ValueError: of the call, for caches of different strides, of strides from 2**32 on, or whose heads do not begin at
+            multiples of 16 bytes.
     """
     function, layout = importlib.import_module("flashinfer.page").append_paged_kv_cache, request.kv_layout
 
@@ -43,14 +48,12 @@ def kv_cache_write(request: KvCacheWriteRequest, device: hal.Device) -> Callable
         count, pages, place = slot_mapping.shape[0], k_cache.shape[0], k.device
         if not count:
             return
-        kept = slot_mapping >= 0
-        some = kept.to(torch.uint8).argmax()
-        source = torch.where(kept, torch.arange(count, device=place), some)
+        source, some = repeating(slot_mapping)
         tokens = (
-            torch.where(kept.any(), x[source], by_token(cache, layout)[0, 0])
+            torch.where(some, x.index_select(0, source), by_token(cache, layout)[0, 0])
             for x, cache in ((k, k_cache), (v, v_cache))
         )
-        slots = slot_mapping[source].clamp_min_(0).int()
+        slots = slot_mapping.index_select(0, source).clamp_min_(0).int()
         zeros = torch.zeros(max(count, 2), dtype=torch.int32, device=place)
         numbers = torch.arange(pages, dtype=torch.int32, device=place)
         function(
@@ -62,8 +65,9 @@ def kv_cache_write(request: KvCacheWriteRequest, device: hal.Device) -> Callable
 
 
 def _check(k_cache: Tensor, v_cache: Tensor) -> None:
-    if k_cache.stride() != v_cache.stride() or not (aligned(k_cache) and aligned(v_cache)):
+    strides = k_cache.stride()
+    if strides != v_cache.stride() or max(strides) >= _FAR_STRIDE or not (aligned(k_cache) and aligned(v_cache)):
         raise ValueError(
             f"the caches have strides {tuple(k_cache.stride())} and {tuple(v_cache.stride())}: flashinfer writes two of "
-            "the same strides, all multiples of 16 bytes, as are their addresses; choose another write kernel"
+            "the same strides, below 2**32 and multiples of 16 bytes, as are their addresses; choose another write kernel"
         )

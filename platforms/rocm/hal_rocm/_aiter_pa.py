@@ -14,6 +14,7 @@ from torch import Tensor
 
 import hal
 from hal_ops.attention import AttentionRequest, Step
+from hal_ops.skipping import repeating
 
 __all__ = ["decode"]
 
@@ -44,12 +45,11 @@ class Tails:
     @classmethod
     def of(cls, step: Step) -> Tails:
         device, size = step.kv_lens.device, step.page_size
-        kept = step.kv_lens > 0
-        some = kept.to(torch.uint8).argmax()
-        rows = torch.where(kept, torch.arange(step.batch, device=device), some)
-        last = (step.kv_lens.long()[rows] - 1).clamp_min(0)
-        pages = torch.where(kept[some], step.block_table[rows, last // size].long(), 0)
-        behind = (torch.arange(size, device=device) > (last % size)[:, None]) & kept[some]
+        last = step.kv_lens.long() - 1
+        rows, some = repeating(last)
+        last = last[rows].clamp_min(0)
+        pages = torch.where(some, step.block_table[rows, last // size].long(), 0)
+        behind = (torch.arange(size, device=device) > (last % size)[:, None]) & some
         return cls(pages, behind[:, None, None])
 
     @contextlib.contextmanager
