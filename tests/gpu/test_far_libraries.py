@@ -7,16 +7,16 @@ written. So far rows are right, or refused; of most of the memory nothing is tou
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from every_kernel import BASE, faults, serving
 from torch import Tensor
 
 import hal
 from hal import _plugins
-from hal.testing._verify import circumstances, refusals
 from hal_ops import Request, resolve_target
 from hal_ops.attention import AttentionRequest
 from hal_ops.attention.cases import make_case
@@ -27,14 +27,6 @@ pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 
 SPAN = (1 << 32) + (1 << 28)
 """Elements from the first row of a tensor to the last."""
-BASE: dict[str, Any] = {"num_q_heads": 8, "num_kv_heads": 2, "head_dim": 128, "dtype": "bfloat16"}
-WANTED: dict[str, dict[str, Any]] = {
-    "fa2": {"page_size": 256},
-    "flashinfer_sink": {"sinks": True, "head_dim": 64},
-    "trtllm_gen": {"kv_layout": "HND"},
-    "flashinfer_cudnn": {"kv_layout": "HND"},
-}
-"""What libraries ask for that do not serve the others' request."""
 LENGTHS: dict[str, Any] = {
     "ragged": ((1, 1), (3, 3), (5, 5), (4, 4)),
     "dense": ((4, 4),) * 5,
@@ -42,7 +34,6 @@ LENGTHS: dict[str, Any] = {
     "decode": ((1, 40), (1, 20), (1, 90), (1, 1), (1, 33)),
 }
 """The last row's queries see several keys."""
-REFUSED = "in 32 bits"
 
 Far = Callable[[Tensor], Tensor]
 
@@ -70,32 +61,12 @@ def far(device: hal.Device) -> Iterator[Far]:
     torch.cuda.empty_cache()
 
 
-def serving(op: str, phase: str, request: Callable[[dict[str, Any]], Request], device: hal.Device) -> Iterator[Any]:
-    """(kernel, a request that it serves) of all kernels that can run here."""
-    around = circumstances(device)
-    for kernel in _plugins.registry().kernels.values():
-        if (kernel.op, kernel.phase) == (op, phase):
-            asked = request(WANTED.get(kernel.library, {}))
-            if not refusals(kernel, asked, around):
-                yield kernel, asked
-
-
-def faults(checks: Sequence[tuple[str, Callable[[], list[str]]]]) -> list[str]:
-    """What is wrong, of all; what is refused for its distance is not."""
-    found = []
-    for name, check in checks:
-        try:
-            found += [f"{name}: {fault}" for fault in check()]
-            torch.cuda.synchronize()
-        except ValueError as error:
-            found += [] if REFUSED in str(error) else [f"{name}: {error}"]
-    return found
-
-
-@pytest.mark.parametrize("form", LENGTHS)
+@pytest.mark.parametrize("form", [*LENGTHS, "extend, FP8", "decode, FP8"])
 @pytest.mark.parametrize("what", ["q", "keys and values"])
-def test_attention(form: str, what: str, far: Far, device: hal.Device) -> None:  # requirement D8
+def test_attention(form: str, what: str, far: Far, device: hal.Device) -> None:  # requirement P24
+    form, _, fp8 = form.partition(", ")
     phase = form if form in ("extend", "decode") else "prefill"
+    cache = {"kv_dtype": "float8_e4m3fn"} if fp8 else {}
     ragged = {"form": form} if phase == "prefill" else {}
 
     def check(kernel: hal.Kernel, asked: Any) -> list[str]:
@@ -107,7 +78,7 @@ def test_attention(form: str, what: str, far: Far, device: hal.Device) -> None: 
         return isinstance(x, Tensor) and x.dim() > 2 and (place == 0) == (what == "q")
 
     def request(more: dict[str, Any]) -> Request:
-        return AttentionRequest(**{**BASE, "page_size": 16, "kv_layout": "NHD", **more}, phases=phase)
+        return AttentionRequest(**{**BASE, "page_size": 16, "kv_layout": "NHD", **cache, **more}, phases=phase)
 
     served = list(serving("attention", phase, request, device))
     assert len(served) > 1
@@ -115,7 +86,7 @@ def test_attention(form: str, what: str, far: Far, device: hal.Device) -> None: 
 
 
 @pytest.mark.parametrize("what", ["q", "latents"])
-def test_latent_attention(what: str, far: Far, device: hal.Device) -> None:  # requirement D8
+def test_latent_attention(what: str, far: Far, device: hal.Device) -> None:  # requirement P24
     def check(kernel: hal.Kernel, asked: Any) -> list[str]:
         case = make_latent_case(asked, "decode", device=device.torch_device(), lengths=LENGTHS["decode"])
         q, latents, *rest = case.args
@@ -140,7 +111,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "rms_norm, plus one": {"hidden_size": 128, "weight_offset": 1.0},
     "fused_add_rms_norm": {"hidden_size": 128},
     "layer_norm": {"hidden_size": 128, "weight_dtype": "float32"},
-    "silu_and_mul": {"hidden_size": 128},
+    "silu_and_mul": {"hidden_size": 64},
     "rotary_embedding": {"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 64},
     "kv_cache_write": {"num_kv_heads": 2, "head_dim": 64},
     "merge_attention_states": {"num_heads": 4, "v_head_dim": 64},
@@ -166,7 +137,7 @@ def arguments(op: str, place: Any) -> tuple[list[Tensor], list[Tensor]]:
 
 
 @pytest.mark.parametrize("case", ROWS)
-def test_rows(case: str, far: Far, device: hal.Device) -> None:  # requirement D8
+def test_rows(case: str, far: Far, device: hal.Device) -> None:  # requirement P24
     op = case.partition(",")[0]
     request = _plugins.registry().op(op).request(**ROWS[case])
 
@@ -189,47 +160,4 @@ def test_rows(case: str, far: Far, device: hal.Device) -> None:  # requirement D
 
     served = [kernel for kernel, _ in serving(op, "call", lambda more: request, device)]
     assert len(served) > 1
-    assert not (found := faults([(k.name, lambda k=k: check(k)) for k in served])), "\n".join(found)
-
-
-def test_rows_one_behind_the_other(device: hal.Device) -> None:  # requirement D8
-    """Truly that many elements: the last rows are those of a small call, and no other row is changed."""
-    place, hidden = device.torch_device(), 16384
-    x = torch.zeros((1 << 18) + 64, hidden, dtype=torch.bfloat16, device=place)
-    out, weight = torch.empty_like(x), torch.rand(hidden, device=place).bfloat16()
-    request = _plugins.registry().op("rms_norm").request(hidden_size=hidden)
-
-    def check(kernel: hal.Kernel) -> list[str]:
-        x[-64:] = torch.randn(64, hidden, device=place).bfloat16()
-        call = resolve_target(kernel.target)(request, device)
-        call(x, weight, out=out.fill_(torch.nan))
-        same = torch.allclose(out[-64:], call(x[-64:].clone(), weight), atol=2e-2)
-        return [] if same and not out[:-64].any() else ["WRONG"]
-
-    served = [kernel for kernel, _ in serving("rms_norm", "call", lambda more: request, device)]
-    assert not (found := faults([(k.name, lambda k=k: check(k)) for k in served])), "\n".join(found)
-
-
-def test_tokens_one_behind_the_other(device: hal.Device) -> None:  # requirement D8
-    """The same of a ragged prefill, whose outputs are as many."""
-    place, heads, dim, length = device.torch_device(), 128, 128, 64
-    count = (1 << 18) // length + 4
-    tokens = count * length
-    starts = torch.arange(count + 1, dtype=torch.int32, device=place) * length
-    q, k, v = (torch.zeros(tokens, h, dim, dtype=torch.bfloat16, device=place) for h in (heads, 8, 8))
-    watched = [slice(0, length), slice(tokens // 2, tokens // 2 + length), slice(tokens - length, tokens)]
-    for part in watched:
-        for x in (q, k, v):
-            x[part] = torch.randn(x[part].shape, device=place).bfloat16()
-    request = AttentionRequest(**{**BASE, "num_q_heads": heads, "num_kv_heads": 8}, phases="prefill")
-
-    def check(kernel: hal.Kernel) -> list[str]:
-        call = resolve_target(kernel.target)(request, device)
-        out = call(q, k, v, cu_seqlens_q=starts, cu_seqlens_k=starts, max_seqlen_q=length, max_seqlen_k=length)
-        alone = [call(q[part][None], k[part][None], v[part][None])[0] for part in watched]
-        same = [torch.allclose(out[p], x, atol=2e-2) for p, x in zip(watched, alone, strict=True)]
-        return [] if all(same) else [f"WRONG: of the first, a middle and the last sequence {same} are right"]
-
-    served = [kernel for kernel, _ in serving("attention", "prefill", lambda more: request, device)]
-    served = [kernel for kernel in served if kernel.library != "reference"]
     assert not (found := faults([(k.name, lambda k=k: check(k)) for k in served])), "\n".join(found)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import hal
 from hal.errors import NoKernelError
+from hal_ops import _torch_rows
 from hal_ops.fused_add_rms_norm import FusedAddRmsNormRequest
 from hal_ops.fused_add_rms_norm.torch_norm import fused_add_rms_norm
 from hal_ops.rms_norm import RmsNormRequest, reference, torch_norm
@@ -143,3 +144,20 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
         norm(torch.randn(8, 3).T, weight)
     with pytest.raises(ValueError, match=r"out is torch.float32 \(2, 3, 8\)"):
         norm(x, weight, out=torch.empty(2, 3, 8))
+
+
+def test_rows_that_torch_would_miscount_are_given_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    # requirement P24
+    """On GPUs its kernels find rows in 32 bits; values and gradients are those of the whole."""
+    monkeypatch.setattr(_torch_rows, "_rows_at_a_time", lambda x: 4)
+    x, sizes = torch.randn(5, 2, 8, dtype=torch.float64, requires_grad=True), []
+
+    def normalize(rows: Tensor) -> Tensor:
+        sizes.append(len(rows))
+        return torch.nn.functional.layer_norm(rows, (8,))
+
+    found, right = _torch_rows.by_parts(normalize, x), torch.nn.functional.layer_norm(x, (8,))
+    assert sizes == [4, 4, 2]
+    torch.testing.assert_close(found, right)
+    gradients = [torch.autograd.grad(out.square().sum(), x)[0] for out in (found * x, right * x)]
+    torch.testing.assert_close(*gradients)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hal_ops._dtypes import torch_dtype
-from hal_ops._torch_rows import deliver, wide_format
+from hal_ops._torch_rows import by_parts, deliver, wide_format
 from hal_ops.layer_norm.op import LayerNormRequest
 from hal_ops.layer_norm.reference import check_affine
 from hal_ops.rows import check_input, check_weight
@@ -41,7 +41,7 @@ def layer_norm(request: LayerNormRequest, device: object) -> Callable[..., Tenso
                 check_weight(name, value, hidden, weight_dtype)
         if mixed:
             x, weight, bias = x.to(wide), _wide(weight, wide), _wide(bias, wide)
-        return deliver(functional.layer_norm(x, (hidden,), weight, bias, eps), dtype, out)
+        return deliver(by_parts(lambda rows: functional.layer_norm(rows, (hidden,), weight, bias, eps), x), dtype, out)
 
     return call
 

@@ -10,9 +10,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from hal_ops._dtypes import torch_dtype
-from hal_ops._torch_rows import deliver, wide_format
+from hal_ops._torch_rows import by_parts, deliver, wide_format
 from hal_ops.rms_norm.op import RmsNormRequest
 from hal_ops.rows import check_input, check_weight
 
@@ -33,8 +34,11 @@ def rms_norm(request: RmsNormRequest, device: object) -> Callable[..., Tensor]:
 
 
 def normalizer(dtype: str, eps: float, offset: float, needs_grad: bool) -> Callable[[Tensor, Tensor], Tensor]:
-    """A function of x and the weight that gives the norm, not rounded yet. Without gradients it saves temporaries."""
-    wide = wide_format(dtype)
+    """A function of x and the weight that gives the norm, rounded or not yet. Without gradients it saves temporaries.
+
+    Where torch has a kernel for it (``aten::_fused_rms_norm``, on GPUs; it sums in float32 and rounds once), that is it.
+    """
+    wide, fused = wide_format(dtype), not offset and _has_fused()
 
     def plain(x: Tensor, weight: Tensor) -> Tensor:
         x, weight = x.to(wide), weight.to(wide)
@@ -42,8 +46,16 @@ def normalizer(dtype: str, eps: float, offset: float, needs_grad: bool) -> Calla
         return x * scale * (weight + offset if offset else weight)
 
     def lean(x: Tensor, weight: Tensor) -> Tensor:
+        if fused and x.is_cuda and x.dtype == weight.dtype:
+            return by_parts(lambda rows: functional.rms_norm(rows, weight.shape, weight, eps), x)
         x = x.to(wide)
         scale = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         return (x * scale).mul_(weight.to(wide) + offset if offset else weight)
 
     return plain if needs_grad else lean
+
+
+def _has_fused() -> bool:
+    """Whether this build has that kernel: without it ``functional.rms_norm`` is several operators, and rounds in between."""
+    known = hasattr(torch.ops.aten, "_fused_rms_norm")
+    return known and torch._C._dispatch_has_kernel_for_dispatch_key("aten::_fused_rms_norm", "CUDA")

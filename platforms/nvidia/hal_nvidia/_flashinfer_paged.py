@@ -82,6 +82,8 @@ class Paged:
             return self._padded(q, k_cache, v_cache, step, payload, sinks, k_scale, v_scale, return_lse)
         if not (q.is_contiguous() or q.stride() == payload.near):
             self._look(q, payload)
+        if k_scale is v_scale is None and not (return_lse or self._sinks):
+            return payload.run(q, (k_cache, v_cache))
         if k_scale is not None:
             q = _times(q, k_scale, torch.empty_like(q))
         extra = (sinks, self._scale) if self._sinks else ()

@@ -78,7 +78,7 @@ def within_reach(held: Installed, *names: str) -> int:
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 @pytest.mark.parametrize("shape", [(20, 64), (3, 5, 64), (1, 64)])
 def test_far_rows_are_normalised_in_parts(shape: tuple[int, ...], offset: float, into: str, short: Installed) -> None:
-    # requirement D8
+    # requirement P24
     torch.manual_seed(0)
     call, right = both("rms_norm", hidden_size=64, weight_offset=offset)
     x, weight = spaced(*shape, gap=64), torch.randn(64).bfloat16()
@@ -92,7 +92,7 @@ def test_far_rows_are_normalised_in_parts(shape: tuple[int, ...], offset: float,
 @pytest.mark.parametrize("shape", [(20, 64), (3, 5, 64)])
 @pytest.mark.parametrize("inplace", [True, False])
 def test_far_rows_are_added_in_parts(shape: tuple[int, ...], inplace: bool, short: Installed) -> None:
-    # requirement D8
+    # requirement P24
     torch.manual_seed(0)
     call, right = both("fused_add_rms_norm", hidden_size=64)
     x, residual, weight = spaced(*shape, gap=64), spaced(*shape, gap=192), torch.randn(64).bfloat16()
@@ -106,7 +106,7 @@ def test_far_rows_are_added_in_parts(shape: tuple[int, ...], inplace: bool, shor
 
 
 @pytest.mark.parametrize("given", [False, True])
-def test_many_rows_are_normalised_about_their_mean_in_parts(given: bool, short: Installed) -> None:  # requirement D8
+def test_many_rows_are_normalised_about_their_mean_in_parts(given: bool, short: Installed) -> None:  # requirement P24
     torch.manual_seed(0)
     call, right = both("layer_norm", hidden_size=64, weight_dtype="float32")
     x, weight, bias = torch.randn(40, 64).bfloat16(), torch.randn(64), torch.randn(64)
@@ -116,7 +116,7 @@ def test_many_rows_are_normalised_about_their_mean_in_parts(given: bool, short: 
     assert within_reach(short, "input") > 1
 
 
-def test_many_states_are_merged_in_parts(short: Installed) -> None:  # requirement B14, D8
+def test_many_states_are_merged_in_parts(short: Installed) -> None:  # requirement B14, P24
     torch.manual_seed(0)
     call, right = both("merge_attention_states", num_heads=2, v_head_dim=64)
     states = [torch.randn(3, 11, 2, 64).bfloat16() if n % 2 == 0 else torch.randn(3, 11, 2) for n in range(4)]
@@ -156,7 +156,7 @@ def called(name: str, made: Any, arguments: list[Any]) -> Any:
 @pytest.mark.parametrize("name", FA2)
 def test_far_queries_are_refused_before_anything_is_launched(
     name: str, held: Installed, monkeypatch: pytest.MonkeyPatch
-) -> None:  # requirement D8, P24
+) -> None:  # requirement P24, C7
     made, arguments = attention(name)
     called(name, made, arguments)
     before = len(held.calls)
@@ -168,7 +168,7 @@ def test_far_queries_are_refused_before_anything_is_launched(
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])
-def test_far_dense_tensors_are_refused_where_they_are_bound(which: int, held: Installed) -> None:  # requirement D8
+def test_far_dense_tensors_are_refused_where_they_are_bound(which: int, held: Installed) -> None:  # requirement P24
     made, arguments = attention("flashinfer_fa2.prefill")
     arguments = [x.unsqueeze(0) for x in arguments]
     assert made.for_dense(*arguments)(*arguments).shape == (1, 2, 4, 64)
@@ -181,7 +181,7 @@ def test_far_dense_tensors_are_refused_where_they_are_bound(which: int, held: In
 @pytest.mark.parametrize("name", [name for name in FA2 if KERNELS[name].op == "attention"])
 def test_a_step_of_too_many_tokens_is_refused_by_its_plan(
     name: str, held: Installed, monkeypatch: pytest.MonkeyPatch
-) -> None:  # requirement D8
+) -> None:  # requirement P24
     made, _ = attention(name)
     monkeypatch.setattr(_flashinfer_reads, "_FAR_QUERIES", 20 * 4 * 64)
     lens = [1] * 20 if KERNELS[name].phase == "decode" else [20]
