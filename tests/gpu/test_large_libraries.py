@@ -5,6 +5,7 @@ More than 2**32 elements, more sequences than a grid is wide, millions of keys.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -24,6 +25,12 @@ pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 @pytest.fixture(scope="module")
 def device() -> hal.Device:
     return hal.device()
+
+
+def taken_back() -> None:
+    """Where a launch was refused, CUDA tells the next one who asks."""
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device="cuda")
 
 
 @pytest.mark.parametrize("op", ["rms_norm", "fused_add_rms_norm", "layer_norm", "silu_and_mul"])
@@ -113,6 +120,7 @@ def test_more_sequences_than_a_grid_is_wide(phase: str, device: hal.Device) -> N
         except RuntimeError:
             if kernel.library == "triton":
                 raise
+            taken_back()
             return []
         return [] if torch.allclose(out, v.repeat_interleave(4, 1), atol=2e-2) else ["WRONG"]
 
@@ -123,45 +131,56 @@ def test_more_sequences_than_a_grid_is_wide(phase: str, device: hal.Device) -> N
     assert not (found := faults([(k.name, lambda k=k, r=r: check(k, r)) for k, r in served])), "\n".join(found)
 
 
-def test_gradients_of_tokens_one_behind_the_other(device: hal.Device) -> None:  # requirement P24
-    """Truly that many elements of q, k, v, and of their gradients."""
+TRAINED = [
+    k.name for k in _plugins.registry().kernels.values()
+    if (k.op, k.phase) == ("attention", "prefill") and "needs_grad" in k.fields and "nvidia" in k.platforms
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["dense", "ragged"])
+@pytest.mark.parametrize("name", TRAINED)
+def test_gradients_of_tokens_one_behind_the_other(name: str, form: str, device: hal.Device) -> None:
+    # requirement P24
+    """Truly that many elements of q, k, v, and of their gradients; a sequence's are those that it has alone."""
     place, heads, dim, length = device.torch_device(), 64, 128, 64
     batch = (1 << 32) // (heads * dim * length) + 4
-    shape = (batch, length, heads, dim)
     fields = {**BASE, "num_q_heads": heads, "num_kv_heads": heads}
     request = AttentionRequest(**fields, phases="prefill", needs_grad=True)
+    kernels = {k.name: k for k, _ in serving("attention", "prefill", lambda more: request, device)}
+    if name not in kernels:
+        pytest.skip(f"{name} cannot run here")
+    call = resolve_target(kernels[name].target)(request, device)
+    torch.cuda.empty_cache()
     watched = [0, batch // 2, batch - 1]
     drawn = [torch.randn(3, length, heads, dim, device=place).bfloat16() for _ in range(4)]
 
-    def gradients(call: Any, tensors: list[Tensor]) -> list[Tensor]:
+    def gradients(tensors: list[Tensor]) -> list[Tensor]:
+        count = tensors[0].shape[0]
+        starts = torch.arange(count + 1, dtype=torch.int32, device=place) * length
+        lengths = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen_q": length, "max_seqlen_k": length}
+        tensors = [x.flatten(0, 1) for x in tensors] if form == "ragged" else tensors
         q, k, v = (x.requires_grad_() for x in tensors[:3])
-        call(q, k, v).backward(tensors[3])
-        return [x.grad for x in (q, k, v)]  # type: ignore[misc]
+        call(q, k, v, **(lengths if form == "ragged" else {})).backward(tensors[3])
+        return [x.grad.view(count, length, heads, dim) for x in (q, k, v)]  # type: ignore[union-attr]
 
-    def check(kernel: hal.Kernel) -> list[str]:
-        call = resolve_target(kernel.target)(request, device)
+    def check() -> list[str]:
         whole = []
         for values in drawn:
-            whole.append(torch.zeros(shape, dtype=torch.bfloat16, device=place))
+            whole.append(torch.zeros((batch, length, heads, dim), dtype=torch.bfloat16, device=place))
             whole[-1][watched] = values
-        found = [x[watched] for x in gradients(call, whole)]
+        found = [x[watched] for x in gradients(whole)]
         del whole
-        torch.cuda.empty_cache()
-        right = gradients(call, [x.clone() for x in drawn])
-        names = [n for n, a, b in zip("qkv", found, right, strict=True) if not torch.allclose(a, b, atol=5e-2)]
-        return [f"WRONG: gradients of {', '.join(names)}"] if names else []
+        right = gradients([x.clone() for x in drawn])
+        return [n for n, a, b in zip("qkv", found, right, strict=True) if not torch.allclose(a, b, atol=5e-2)]
 
-    served = [kernel for kernel, _ in serving("attention", "prefill", lambda more: request, device)]
-    served = [kernel for kernel in served if kernel.library != "reference"]
-    assert len(served) > 1
-    assert not (found := faults([(k.name, lambda k=k: check(k)) for k in served])), "\n".join(found)
+    assert not (found := faults([("gradients", check)])), "\n".join(found)
 
 
 @pytest.mark.parametrize("phase", ["extend", "decode"])
 def test_millions_of_keys(phase: str, device: hal.Device) -> None:  # requirement P24
     """One row that attends to 3 million keys, of which some hundred have most of the weight."""
     place, size, keys = device.torch_device(), 16, 3_000_001
-    tokens = 1 if phase == "decode" else 20
+    tokens = 1 if phase == "decode" else 3
     torch.manual_seed(0)
 
     def request(more: dict[str, Any]) -> Request:

@@ -10,7 +10,19 @@ from torch import Tensor
 
 from hal_ops.attention import AttentionRequest, Step
 
-__all__ = ["longest_query", "nothing", "sequences_of", "window_of", "with_step", "without_keys"]
+__all__ = [
+    "as_ragged",
+    "has_far_gradients",
+    "longest_query",
+    "nothing",
+    "sequences_of",
+    "window_of",
+    "with_step",
+    "without_keys",
+]
+
+_FAR_GRADIENTS = 1 << 31
+_QUERY_TILE, _DIM_TILE = 128, 64
 
 
 def window_of(request: AttentionRequest) -> tuple[int, int]:
@@ -27,6 +39,30 @@ def longest_query(q: Tensor, cu_seqlens_q: Tensor, given: int | None) -> int:
     """
     longest = given or q.shape[0]
     return longest if longest > 1 or q.shape[0] == cu_seqlens_q.shape[0] - 1 else 2
+
+
+def has_far_gradients(q: Tensor, request: AttentionRequest) -> bool:
+    """Whether flash-attention 2 would lose its way in the gradients of a dense q ``[batch, len, heads, dim]``.
+
+    It finds those of a sequence, summed in float32, by an offset in 32 bits, and stops with an illegal access
+    (flash-attention#1500 and #2260; seen with torch 2.11.0 on an H200). Its ragged form counts in 64 bits.
+    """
+    if not request.needs_grad:
+        return False
+    batch, length, heads, dim = q.shape
+    tiles = -(-length // _QUERY_TILE) * -(-dim // _DIM_TILE)
+    return batch * heads * tiles * _QUERY_TILE * _DIM_TILE >= _FAR_GRADIENTS
+
+
+def as_ragged(call: Any, q: Tensor, k: Tensor, v: Tensor, alibi_slopes: Tensor | None = None) -> Any:
+    """A dense call in the ragged form. No request asks for gradients and the LSE."""
+    (batch, q_len), kv_len = q.shape[:2], k.shape[1]
+    rows = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
+    out = call(
+        q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_seqlens_q=rows * q_len, cu_seqlens_k=rows * kv_len,
+        max_seqlen_q=q_len, max_seqlen_k=kv_len, alibi_slopes=alibi_slopes,
+    )  # fmt: skip
+    return out.unflatten(0, (batch, q_len))
 
 
 def with_step(call: Any, step: Step) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import hal
-from hal_nvidia._flash import longest_query, nothing, window_of, with_step, without_keys
+from hal_nvidia._flash import as_ragged, has_far_gradients, longest_query, nothing, window_of, with_step, without_keys
 from hal_ops.attention import AttentionRequest, PagedAttention, PrefillAttention, Step
 from hal_ops.attention.reference import check_tensors
 
@@ -34,7 +34,7 @@ class _Prefill:
 
     def for_dense(self, q: Tensor, k: Tensor, v: Tensor) -> Any:
         """The library's function itself, where a call has keys and queries, and nothing else."""
-        return self._dense if q.numel() and k.numel() else self
+        return self._dense if q.numel() and k.numel() and not has_far_gradients(q, self._request) else self
 
     def for_step(self, step: Step) -> Any:
         """This with the lengths of a step."""
@@ -59,6 +59,8 @@ class _Prefill:
             check_tensors(request, sinks, alibi_slopes)
         if not q.numel() or not k.numel():
             return nothing(q, request.v_head_dim, return_lse)
+        if cu_seqlens_q is None and has_far_gradients(q, request):
+            return as_ragged(self, q, k, v, alibi_slopes)
         if cu_seqlens_q is None:
             found = self._dense(q, k, v, alibi_slopes=alibi_slopes, return_attn_probs=return_lse)
         else:

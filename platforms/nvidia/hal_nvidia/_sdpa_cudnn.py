@@ -5,7 +5,9 @@ cut off that see no key, or q is padded in front until both are equally many. A 
 one the backward pass gives NaN (pytorch/pytorch#196678).
 
 Its backward pass refuses one query over one key ("s_q = s_kv = 1 is not supported", torch 2.11 on an H200). There the
-weight is 1, and torch multiplies.
+weight is 1, and torch multiplies. Of sequences past 2**31 elements it gives wrong gradients of q and k, without a word
+(torch 2.11.0 and its cuDNN on an H200: right at 0.999 of that, wrong at 1.001, in each of six shapes): it gets fewer at
+a time.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ __all__ = ["prefill"]
 forward = torch.ops.aten._scaled_dot_product_cudnn_attention.default
 
 Pair = tuple[Tensor, "Tensor | None"]
+_FAR_GRADIENTS = 1 << 31
 
 
 def prefill(request: AttentionRequest, device: hal.Device) -> PrefillAttention:
@@ -83,12 +86,33 @@ class _Prefill:
         return (out, lse) if return_lse else out
 
     def _square(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, return_lse: bool) -> Pair:
-        """One launch, with cuDNN's own mask."""
+        """One launch, with cuDNN's own mask; several, where gradients of one would be wrong. Those are asked for without LSE."""
+        most = self._sequences_at_a_time(q, k)
+        if q.shape[0] > most:
+            parts = zip(torch.split(q, most), torch.split(k, most), torch.split(v, most), strict=True)
+            return torch.cat([self._square(*part, causal, False)[0] for part in parts]), None
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         wanted = return_lse or self.needs_grad
         found = forward(q, k, v, None, wanted, 0.0, causal, False, scale=self._scale)
         # The LSE has a fourth dim of 1 since torch 2.9.
         return found[0].transpose(1, 2), found[1].reshape(q.shape[:3]).transpose(1, 2) if return_lse else None
+
+    def _sequences_at_a_time(self, q: Tensor, k: Tensor) -> int:
+        """How many sequences cuDNN finds the gradients of.
+
+        Raises:
+            ValueError: not even one.
+        """
+        if not self.needs_grad:
+            return q.shape[0]
+        request, longest = self._request, max(q.shape[1], k.shape[1])
+        elements = longest * request.num_q_heads * max(request.head_dim, request.v_head_dim)
+        if elements >= _FAR_GRADIENTS:
+            raise ValueError(
+                f"a sequence of {longest} tokens has {elements} elements, and cuDNN loses the gradients of q and k from "
+                f"{_FAR_GRADIENTS} on: give shorter sequences, or force another library"
+            )
+        return (_FAR_GRADIENTS - 1) // elements
 
     def _lone_key(self, q: Tensor, k: Tensor, v: Tensor) -> Pair:
         group = self._request.group_size

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import hal
-from hal_nvidia._flash import longest_query, nothing, window_of, with_step, without_keys
+from hal_nvidia._flash import as_ragged, has_far_gradients, longest_query, nothing, window_of, with_step, without_keys
 from hal_ops.attention import AttentionRequest, PrefillAttention, Step
 from hal_ops.attention.reference import check_tensors
 
@@ -32,7 +32,7 @@ class _Prefill:
     def for_dense(self, q: Tensor, k: Tensor, v: Tensor) -> Any:
         """The operator with the lengths of this shape."""
         longest_q, longest_k, causal, settings = q.size(1), k.size(1), self._causal, self._settings
-        if not q.numel() or not k.numel():
+        if not q.numel() or not k.numel() or has_far_gradients(q, self._request):
             return self
         return lambda q, k, v: forward(q, k, v, None, None, longest_q, longest_k, 0.0, causal, False, **settings)[0]
 
@@ -64,6 +64,8 @@ class _Prefill:
             check_tensors(self._request, sinks, alibi_slopes)
         if not q.numel() or not k.numel():
             return nothing(q, self._request.v_head_dim, return_lse)
+        if cu_seqlens_q is None and has_far_gradients(q, self._request):
+            return as_ragged(self, q, k, v)
         if cu_seqlens_q is None:
             longest_q, longest_k = q.size(1), k.size(1)
         else:
