@@ -6,7 +6,7 @@ one the backward pass gives NaN (pytorch/pytorch#196678).
 
 Its backward pass refuses one query over one key ("s_q = s_kv = 1 is not supported", torch 2.11 on an H200). There the
 weight is 1, and torch multiplies. Of sequences past 2**31 elements it gives wrong gradients of q and k, without a word
-(torch 2.11.0 and its cuDNN on an H200: right at 0.999 of that, wrong at 1.001, in each of six shapes): it gets fewer at
+(torch 2.11.0, cuDNN 9.19.0, on an H200: right at 0.999 of that, wrong at 1.001, in each of six shapes): it gets fewer at
 a time.
 """
 
@@ -86,7 +86,7 @@ class _Prefill:
         return (out, lse) if return_lse else out
 
     def _square(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, return_lse: bool) -> Pair:
-        """One launch, with cuDNN's own mask; several, where gradients of one would be wrong. Those are asked for without LSE."""
+        """One launch, with cuDNN's own mask; several, without LSE, where gradients of one would be wrong."""
         most = self._sequences_at_a_time(q, k)
         if q.shape[0] > most:
             parts = zip(torch.split(q, most), torch.split(k, most), torch.split(v, most), strict=True)
