@@ -78,10 +78,9 @@ def fused_add_rms_norm(request: FusedAddRmsNormRequest, device: hal.Device) -> C
     eps = request.eps
 
     def call(x: Tensor, residual: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tensor:
-        if out is x and x.dim() == 2:
-            spaces = x.stride()[0] | residual.stride()[0]
-            places = x.data_ptr() | residual.data_ptr() | weight.data_ptr() | 2 * spaces
-            if 0 < x.shape[0] * spaces < FAR and not places & _LAST:
+        if out is x and x.is_contiguous() and residual.is_contiguous() and x.dim() == 2:
+            places = x.data_ptr() | residual.data_ptr() | weight.data_ptr()
+            if 0 < x.numel() < FAR and not places & _LAST:
                 function(x, residual, weight, eps)
                 return x
         if not x.numel():
