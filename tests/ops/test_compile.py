@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -287,17 +288,21 @@ def test_equal_decisions_are_one_node_and_handles_stay_apart() -> None:
     assert torch.equal(again(*args), node(*args))
 
 
-def test_the_node_costs_little() -> None:
-    """The best of many tries; ``custom_op`` would cost 10 to 20 us, ``define`` and ``impl`` 1 to 5."""
+def test_the_node_costs_less_than_custom_op() -> None:
+    """In one run, turn by turn: a library of one's own is ``define`` and ``impl``, and not ``torch.library.custom_op``."""
     plain, node = bound("rms_norm")
     args = arguments("rms_norm", 1)
-    best = {}
-    for name, call in (("plain", plain.fn), ("node", node.fn)):
-        samples = []
-        for _ in range(30):
+
+    @torch.library.custom_op("hal_test::rms_norm", mutates_args=())
+    def custom(x: Tensor, weight: Tensor) -> Tensor:
+        found: Tensor = plain.fn(x, weight)
+        return found
+
+    best = dict.fromkeys(("plain", "node", "custom"), math.inf)
+    for _ in range(30):
+        for name, call in (("plain", plain.fn), ("node", node.fn), ("custom", custom)):
             start = time.perf_counter()
             for _ in range(100):
                 call(*args)
-            samples.append((time.perf_counter() - start) / 100)
-        best[name] = min(samples)
-    assert best["node"] - best["plain"] < 10e-6, best
+            best[name] = min(best[name], time.perf_counter() - start)
+    assert best["node"] - best["plain"] < 0.7 * (best["custom"] - best["plain"]), best
