@@ -13,7 +13,7 @@ from hal._device import Device
 from hal._kernel import Kernel
 from hal.errors import RegistrationError
 from hal.testing._sampling import LARGEST, admitted, bounded, centred, size, usual
-from hal_ops import Op, Request
+from hal_ops import Op, Request, is_fp8
 
 __all__ = ["corners", "find_kernel", "request_id"]
 
@@ -30,8 +30,9 @@ def corners(
     """Requests that a kernel must serve, by its own declaration.
 
     The first is plain. Then each declared field takes each of the values that its constraint calls corners (see
-    ``Constraint.corners``), one field at a time, all fields once before any field twice. A seeded random handful of
-    combinations follows. The order is the same in every process. Open declarations are sampled with small sizes.
+    ``Constraint.corners``), one field at a time, all fields once before any field twice. Permissions are granted over FP8
+    caches, and a seeded random handful of combinations follows. The order is the same in every process. Open declarations
+    are sampled with small sizes.
 
     Args:
         kernel: a declaration, or the name of a registered one. op: its op, if that is not registered.
@@ -151,6 +152,8 @@ class _Space:
         yield from singles
         for given in singles:
             yield from self.dependent(base, given)
+        for given in singles:
+            yield from self.permitted(given)
         yield from self.combinations(base)
 
     def base(self) -> Given:
@@ -240,6 +243,12 @@ class _Space:
                 news = set(self.options(name, after)) - set(self.options(name, before))
                 points = ({**moved, name: value} for value in sorted(news, key=repr))
                 yield from (point for point in points if not any(self.score(point)))
+
+    def permitted(self, moved: Given) -> Iterator[Given]:
+        """Permissions that the declaration says nothing of, over an FP8 cache: the kernel may make use of them."""
+        if is_fp8(moved.get("kv_dtype", "")):
+            silent = [n for n in self.op.request.derived if n in self.members and n not in self.kernel.fields]
+            yield from (point for n in silent if not any(self.score(point := {**moved, n: True})))
 
     def with_derived(self, base: Given, name: str, value: Any) -> Given | None:
         """A point whose property ``name`` has a value."""

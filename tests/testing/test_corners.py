@@ -98,6 +98,16 @@ def test_a_head_scale_brings_the_fp8_cache_that_it_needs(attention_kernel: Make)
     assert any(r.kv_scale == "head" and r.kv_dtype == "float8_e4m3fn" for r in requests)
 
 
+def test_permissions_are_granted_where_a_kernel_may_use_them(attention_kernel: Make) -> None:
+    """Over an FP8 cache; a declaration that speaks of the permission has its own values."""
+    caches = hal.OneOf("bfloat16", "float8_e4m3fn", "float8_e5m2")
+    silent = corners(attention_kernel("corner.decode", fields={"kv_dtype": caches}))
+    assert {r.kv_dtype for r in silent if r.fp8_query} == {"float8_e4m3fn", "float8_e5m2"}
+    assert {r.kv_dtype for r in silent if not r.fp8_query} == {"bfloat16", "float8_e4m3fn", "float8_e5m2"}
+    denied = corners(attention_kernel("corner.decode", fields={"kv_dtype": caches, "fp8_query": hal.OneOf(False)}))
+    assert not any(r.fp8_query for r in denied)
+
+
 def test_windows_to_the_right_come_with_the_lack_of_causality(attention_kernel: Make) -> None:
     requests = corners(attention_kernel("corner.prefill", fields={"window": hal.Windows()}))
     assert {(None, 0), (None, 5), (7, 3)} <= {r.window for r in requests if not r.causal}
