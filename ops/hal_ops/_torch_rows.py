@@ -37,8 +37,8 @@ def deliver(result: Tensor, dtype: torch.dtype, out: Tensor | None, name: str = 
 def by_parts(normalize: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """What torch's own kernel makes of x ``[..., hidden]``, given as many rows at a time as it counts right.
 
-    On CUDA it finds rows in 32 bits: past 2**32 elements it is wrong, forward and backward (pytorch#181555; seen with
-    2.11.0). On ROCm it is also wrong from 2**23 rows on (pytorch#184826). Autograd passes through.
+    On CUDA it finds rows in 32 bits: past 2**32 elements it is wrong, forward and backward (pytorch#181555; ``rms_norm`` of
+    2.11.0 was seen so on an H200). On ROCm it is also wrong from 2**23 rows on (pytorch#184826). Autograd passes through.
     """
     most = _rows_at_a_time(x)
     if x.numel() <= most * x.shape[-1]:

@@ -6,6 +6,7 @@ More than 2**32 elements, more sequences than a grid is wide, millions of keys.
 from __future__ import annotations
 
 import contextlib
+import re
 from typing import Any
 
 import pytest
@@ -88,6 +89,9 @@ def test_tokens_one_behind_the_other(device: hal.Device) -> None:  # requirement
 
 MANY = 70_001
 """Sequences: more than the second and third dim of a grid hold."""
+MAY_REFUSE = ("sdpa_flash", "sdpa_cudnn", "xqa")
+REFUSAL = r"invalid argument|cudaErrorInvalidValue|mha_graph\.execute"
+"""What CUDA, flashinfer and cuDNN say of a launch that they refuse, seen on an H200."""
 
 
 @pytest.mark.parametrize("phase", ["prefill", "extend", "decode"])
@@ -117,8 +121,8 @@ def test_more_sequences_than_a_grid_is_wide(phase: str, device: hal.Device) -> N
                 step = make_step([1] * MANY, [1] * MANY, pages, asked.page_size, place)
                 out = call(q, *caches, step, call.plan(step))
             torch.cuda.synchronize()
-        except RuntimeError:
-            if kernel.library == "triton":
+        except RuntimeError as error:
+            if kernel.library not in MAY_REFUSE or not re.search(REFUSAL, str(error)):
                 raise
             taken_back()
             return []

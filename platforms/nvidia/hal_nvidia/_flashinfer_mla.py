@@ -18,7 +18,6 @@ import hal
 from hal_nvidia import _flashinfer_pool as pool
 from hal_nvidia._flash import nothing
 from hal_nvidia._flashinfer_pool import Lease
-from hal_nvidia._flashinfer_reads import refuse_far
 from hal_nvidia._flashinfer_tables import page_tables
 from hal_ops import is_fp8, torch_dtype
 from hal_ops.attention import Step
@@ -88,7 +87,7 @@ class _Mla:
                 f"the step has up to {tiles} tiles of {_TILE} queries and heads, and flashinfer's plan holds "
                 f"{_MOST_TILES}: decode fewer rows at a time, or force another library"
             )
-        payload.tokens, payload.near = sum(step.q_lens), None
+        payload.tokens = sum(step.q_lens)
         if payload.tokens:
             tables = page_tables(step, tail=False)
             payload.plan(
@@ -111,9 +110,8 @@ class _Mla:
         rank, tokens = self._rank, payload.tokens
         if not tokens or q.shape[0] != tokens:
             return self._padded(q, cache, step, payload, kv_scale, return_lse)
-        if not (q.is_contiguous() or q.stride() == payload.near):
-            refuse_far(q)
-            payload.near = q.stride()
+        if not q.is_contiguous():
+            payload.check_reach(q)
         if kv_scale is not None:
             q = torch.mul(q, kv_scale, out=torch.empty_like(q))
         # It makes the output as the queries are, but for the gaps in them.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import hal
-from hal_nvidia._flashinfer_reads import FAR, aligned, near, readable
+from hal_nvidia._flashinfer_reads import FAR, aligned, parts_in_reach, readable
 from hal_ops.fused_add_rms_norm import FusedAddRmsNormRequest
 from hal_ops.gelu_and_mul import GeluAndMulRequest
 from hal_ops.layer_norm import LayerNormRequest
@@ -41,7 +41,7 @@ def rms_norm(request: RmsNormRequest, device: hal.Device) -> Callable[..., Tenso
             return _empty(x, out)
         if out is None:
             out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        for part, result in near(x, out):
+        for part, result in parts_in_reach(x, out):
             target = result if aligned(result) else result.new_empty(result.shape)
             rows, results = _alike(readable(part), target)
             function(rows, readable(weight), eps, out=results)
@@ -60,7 +60,7 @@ def _of_rows(function: Callable[..., Any], eps: float) -> Callable[..., Tensor]:
             return _empty(x, out)
         if out is None:
             out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        for part, result in near(x, out):
+        for part, result in parts_in_reach(x, out):
             shape = (math.prod(part.shape[:-1]), part.shape[-1])
             results = _seen(result, shape) if aligned(result) else None
             found: Tensor = function(readable(part.reshape(shape)), readable(weight), eps, out=results)
@@ -89,7 +89,7 @@ def fused_add_rms_norm(request: FusedAddRmsNormRequest, device: hal.Device) -> C
             out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         if out is not x:
             out.copy_(x)
-        for result, total in near(out, residual):
+        for result, total in parts_in_reach(out, residual):
             added(result, total, weight)
         return out
 
@@ -123,7 +123,7 @@ def layer_norm(request: LayerNormRequest, device: hal.Device) -> Callable[..., T
             found = function(_rows(x), readable(weight), readable(bias), eps)
             return found.view(x.shape)
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
-        for part, result in near(x, out):
+        for part, result in parts_in_reach(x, out):
             result.copy_(function(_rows(part), readable(weight), readable(bias), eps).view(part.shape))
         return out
 

@@ -14,7 +14,7 @@ from torch.nn import functional
 import hal
 from hal_nvidia import _flashinfer_pool as pool
 from hal_nvidia._flashinfer_pool import Lease
-from hal_nvidia._flashinfer_reads import refuse_far, refuse_many
+from hal_nvidia._flashinfer_reads import refuse_many
 from hal_nvidia._flashinfer_tables import Tables, page_tables
 from hal_ops import torch_dtype
 from hal_ops.attention import AttentionRequest, Step
@@ -80,8 +80,8 @@ class Paged:
     ) -> Any:
         if q.shape[0] != payload.tokens or not payload.tokens:
             return self._padded(q, k_cache, v_cache, step, payload, sinks, k_scale, v_scale, return_lse)
-        if not (q.is_contiguous() or q.stride() == payload.near):
-            self._look(q, payload)
+        if self._narrow and not q.is_contiguous():
+            payload.check_reach(q)
         if k_scale is v_scale is None and not (return_lse or self._sinks):
             return payload.run(q, (k_cache, v_cache))
         if k_scale is not None:
@@ -94,11 +94,6 @@ class Paged:
         if return_lse:
             found[1].mul_(_LN_2)
         return found
-
-    def _look(self, q: Tensor, payload: Lease) -> None:
-        if self._narrow:
-            refuse_far(q)
-        payload.near = q.stride()
 
     def _padded(
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, step: Step, payload: Lease,
@@ -124,7 +119,7 @@ class Paged:
 
     def _fill(self, taken: Lease, tables: Tables) -> None:
         lengths = () if self._uniform else (tables.qo_indptr,)
-        taken.tokens, taken.near = tables.tokens, None
+        taken.tokens = tables.tokens
         if self._narrow:
             refuse_many(tables.tokens, self._request.num_q_heads, self._request.head_dim)
         taken.plan(

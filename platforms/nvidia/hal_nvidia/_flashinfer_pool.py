@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 import hal
+from hal_nvidia._flashinfer_reads import refuse_far
 from hal_ops.attention import AttentionRequest
 
 __all__ = [
@@ -64,7 +65,7 @@ class Held:
 class Lease:
     """One wrapper, held until the lease is gone."""
 
-    __slots__ = ("__weakref__", "_held", "near", "run", "tokens", "wrapper")
+    __slots__ = ("__weakref__", "_held", "_near", "run", "tokens", "wrapper")
 
     def __init__(self, held: Held) -> None:
         self._held = held
@@ -72,15 +73,25 @@ class Lease:
         self.run: Callable[..., Any] = held.wrapper.run
         self.tokens = 0
         """Query tokens that the wrapper is planned for."""
-        self.near: tuple[int, ...] | None = None
-        """Strides of queries that have gaps, and were found within reach."""
+        self._near: tuple[int, ...] | None = None
 
     def plan(self, fill: Callable[[Any], None]) -> None:
         """Let ``fill`` plan the wrapper. Waits for nothing but copies of its last plan that are still queued."""
         if self._held.copied is not None:
             self._held.copied.synchronize()
         fill(self.wrapper)
+        self._near = None
         self._held.copied = _mark(self.wrapper.device)
+
+    def check_reach(self, q: Tensor) -> None:
+        """Look at queries with gaps, once for those of a plan that are alike.
+
+        Raises:
+            ValueError: fa2 cannot reach them, see :func:`refuse_far`.
+        """
+        if q.stride() != self._near:
+            refuse_far(q)
+            self._near = q.stride()
 
 
 def lease(key: Key, make: Callable[[], Any]) -> Lease:

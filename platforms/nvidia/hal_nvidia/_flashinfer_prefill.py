@@ -185,10 +185,10 @@ class Planned:
         if q.shape[0] != self._tokens or not self._tokens:
             return self._padded(q, k, v, return_lse)
         if self._narrow and not (q.is_contiguous() and k.is_contiguous() and v.is_contiguous()):
-            self._look(q, k, v)
+            self._check_reach(q, k, v)
         return self._attend(q, k, v, return_lse)
 
-    def _look(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def _check_reach(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Look at the reach of tensors with gaps, once for those that are alike."""
         strides = q.stride(), k.stride(), v.stride()
         if strides != self._near:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["FAR", "aligned", "near", "readable", "refuse_far", "refuse_many"]
+__all__ = ["FAR", "aligned", "parts_in_reach", "readable", "refuse_far", "refuse_many"]
 
 _BYTES = 16
 FAR = 1 << 31
@@ -40,7 +40,7 @@ def _reach(x: Tensor) -> int:
     return 1 + sum((count - 1) * stride for count, stride in zip(x.shape, x.stride(), strict=True))
 
 
-def near(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def parts_in_reach(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Views of tensors that have their leading dims in common, in parts so small that each can be reached."""
     if max(map(_reach, tensors)) < FAR:
         yield tensors
@@ -49,8 +49,8 @@ def near(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     spans = [max((x.shape[dim] - 1) * x.stride(dim) for x in tensors) for dim in range(first.dim() - 1)]
     dim = spans.index(max(spans))
     half = first.shape[dim] // 2
-    yield from near(*(x.narrow(dim, 0, half) for x in tensors))
-    yield from near(*(x.narrow(dim, half, x.shape[dim] - half) for x in tensors))
+    yield from parts_in_reach(*(x.narrow(dim, 0, half) for x in tensors))
+    yield from parts_in_reach(*(x.narrow(dim, half, x.shape[dim] - half) for x in tensors))
 
 
 def refuse_far(q: Tensor, k: Tensor | None = None, v: Tensor | None = None) -> None:

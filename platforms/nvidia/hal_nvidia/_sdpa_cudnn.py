@@ -87,8 +87,7 @@ class _Prefill:
 
     def _square(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, return_lse: bool) -> Pair:
         """One launch, with cuDNN's own mask; several, without LSE, where gradients of one would be wrong."""
-        most = self._sequences_at_a_time(q, k)
-        if q.shape[0] > most:
+        if self.needs_grad and q.shape[0] > (most := self._sequences_at_a_time(q, k)):
             parts = zip(torch.split(q, most), torch.split(k, most), torch.split(v, most), strict=True)
             return torch.cat([self._square(*part, causal, False)[0] for part in parts]), None
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -103,8 +102,6 @@ class _Prefill:
         Raises:
             ValueError: not even one.
         """
-        if not self.needs_grad:
-            return q.shape[0]
         request, longest = self._request, max(q.shape[1], k.shape[1])
         elements = longest * request.num_q_heads * max(request.head_dim, request.v_head_dim)
         if elements >= _FAR_GRADIENTS:

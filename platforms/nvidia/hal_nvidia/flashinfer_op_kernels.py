@@ -6,8 +6,8 @@ Read from flashinfer-python 0.5.3, 0.6.13 and 0.7.4 (``norm/__init__.py``, ``nor
 * ``rmsnorm`` and ``gemma_rmsnorm`` (weight + 1) take the weight in the input's format. The latter takes ``[rows, hidden]``
   alone, the former ``[rows, heads, hidden]`` too. ``fused_add_rmsnorm`` puts the result into x, and normalises the sum
   before it is rounded; it keeps a row in shared memory. ``layernorm`` is for bfloat16 with a weight and a bias in float32.
-  From 0.6.3 on, where nvidia-cutlass-dsl is installed, they are CuTe programs, compiled for each hidden size, unless
-  ``FLASHINFER_USE_CUDA_NORM=1`` asks for the CUDA code. Both are right on an H200, and both are declared by the narrower.
+  In 0.6.7 and later (not in 0.6.4), where nvidia-cutlass-dsl is installed, they are CuTe programs, compiled for each
+  hidden size, unless ``FLASHINFER_USE_CUDA_NORM=1`` asks for the CUDA code. Both ran; declared is what both serve.
 * The gates, and ``layernorm``, read rows by their number and not by their stride: a view is copied.
 * ``apply_rope_with_cos_sin_cache`` has kernels for head dims 64, 128 and 256 in every version, and loads 8 cosines at a
   time. ``append_paged_kv_cache`` and ``merge_state`` give each head of a token 16 bytes a thread, and a token to one
