@@ -1,4 +1,4 @@
-"""What flash-attention's versions have in common: window sentinels, rows without keys, lengths, and gradients that are far."""
+"""What flash-attention's versions have in common: window sentinels, rows without keys, lengths, gradients that lie far."""
 
 from __future__ import annotations
 
