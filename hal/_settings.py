@@ -184,17 +184,21 @@ def _from_variable(name: str, text: str) -> dict[str, Value]:
         raise SettingError(f"{name} was removed: {REMOVED[name]}", setting=name)
     setting = _BY_NAME.get(name) or _op_setting(name)
     if setting is None:
-        near = (
-            " Write HAL_OP_<NAME> with the name of an op."
-            if name.startswith("HAL_OP")
-            else did_you_mean(name, _BY_NAME, prefix="HAL_")
-        )
         raise SettingError(
-            f"unknown variable {name}.{near} `hal env` lists every variable; unset the others", setting=name
+            f"unknown variable {name}.{_meant(name)} `hal env` lists every variable; unset the others", setting=name
         )
     if not text.strip():
         return {}
     return {setting.key: Value(_parsed(setting, text, f"{name}={text!r}"), f"variable {name}")}
+
+
+def _meant(name: str) -> str:
+    """What a name that is no variable's may have been meant as."""
+    if name.startswith("HAL_OP"):
+        return " Write HAL_OP_<NAME> with the name of an op."
+    if "KERNEL" in name or "BACKEND" in name:
+        return " HAL_ATTENTION forces a kernel for attention, HAL_OP_<NAME> for another op."
+    return did_you_mean(name, _BY_NAME, prefix="HAL_")
 
 
 def _op_setting(name: str) -> Setting | None:

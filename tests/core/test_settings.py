@@ -36,7 +36,14 @@ def test_unset_and_empty_are_one(monkeypatch: pytest.MonkeyPatch) -> None:  # re
 
 
 @pytest.mark.parametrize(
-    ("name", "near"), [("HAL_ATENTION", "HAL_ATTENTION"), ("HAL_PLUGIN", "HAL_PLUGINS"), ("HAL_OP_", "HAL_OP_<NAME>")]
+    ("name", "near"),
+    [
+        ("HAL_ATENTION", "Did you mean 'HAL_ATTENTION'"),
+        ("HAL_PLUGIN", "Did you mean 'HAL_PLUGINS'"),
+        ("HAL_OP_", "HAL_OP_<NAME>"),
+        ("HAL_KERNEL", "HAL_ATTENTION forces a kernel for attention, HAL_OP_<NAME> for another op"),
+        ("HAL_ATTENTION_BACKEND", "HAL_ATTENTION forces a kernel"),
+    ],
 )
 def test_an_unknown_variable_is_an_error_with_the_nearest(
     monkeypatch: pytest.MonkeyPatch, name: str, near: str
