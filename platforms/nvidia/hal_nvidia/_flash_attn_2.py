@@ -15,6 +15,7 @@ from torch.nn import functional
 
 import hal
 from hal_nvidia._flash import as_ragged, has_far_gradients, longest_query, nothing, window_of, with_step, without_keys
+from hal_nvidia._grid import refuse_wide
 from hal_ops.attention import AttentionRequest, PagedAttention, PrefillAttention, Step
 from hal_ops.attention.reference import check_tensors
 
@@ -34,7 +35,10 @@ class _Prefill:
 
     def for_dense(self, q: Tensor, k: Tensor, v: Tensor) -> Any:
         """The library's function itself, where a call has keys and queries, and nothing else."""
-        return self._dense if q.numel() and k.numel() and not has_far_gradients(q, self._request) else self
+        if not q.numel() or not k.numel() or has_far_gradients(q, self._request):
+            return self
+        refuse_wide(q.shape[0])
+        return self._dense
 
     def for_step(self, step: Step) -> Any:
         """This with the lengths of a step."""
@@ -61,6 +65,7 @@ class _Prefill:
             return nothing(q, request.v_head_dim, return_lse)
         if cu_seqlens_q is None and has_far_gradients(q, request):
             return as_ragged(self, q, k, v, alibi_slopes)
+        refuse_wide(q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1)
         if cu_seqlens_q is None:
             found = self._dense(q, k, v, alibi_slopes=alibi_slopes, return_attn_probs=return_lse)
         else:
@@ -104,7 +109,7 @@ class _Paged:
             check_tensors(self._request, sinks, alibi_slopes)
 
     def plan(self, step: Step) -> None:
-        return None
+        refuse_wide(step.batch)
 
     def _caches(self, k_cache: Tensor, v_cache: Tensor) -> tuple[Tensor, Tensor]:
         return (k_cache.transpose(1, 2), v_cache.transpose(1, 2)) if self._heads_first else (k_cache, v_cache)
@@ -142,6 +147,7 @@ class _Decode(_Paged):
     """What is planned is the number of queries a row, which is a size of the call."""
 
     def plan(self, step: Step) -> int:  # type: ignore[override]
+        refuse_wide(step.batch)
         return step.q_lens[0] if step.q_lens else 0
 
     def update(self, step: Step, payload: int) -> int:

@@ -10,6 +10,7 @@ import hal
 from hal_nvidia._flashinfer_functions import Caches, Paged, flashinfer
 from hal_nvidia._flashinfer_memory import Memory
 from hal_nvidia._fp8_query import quantizer
+from hal_nvidia._grid import refuse_wide
 from hal_ops import is_fp8
 from hal_ops.attention import AttentionRequest, Step
 
@@ -110,6 +111,7 @@ class _Xqa(Paged):
         v_scale: Tensor | None, return_lse: bool,
     ) -> Any:  # fmt: skip
         rows = min(q.shape[0], step.batch)
+        refuse_wide(rows)
         whole = rows == step.batch
         q, whole_out, out = self._first(q, rows)
         found = self._function(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import hal
 from hal_nvidia._flash import as_ragged, has_far_gradients, longest_query, nothing, window_of, with_step, without_keys
+from hal_nvidia._grid import refuse_wide
 from hal_ops.attention import AttentionRequest, PrefillAttention, Step
 from hal_ops.attention.reference import check_tensors
 
@@ -34,10 +35,12 @@ class _Prefill:
         longest_q, longest_k, causal, settings = q.size(1), k.size(1), self._causal, self._settings
         if not q.numel() or not k.numel() or has_far_gradients(q, self._request):
             return self
+        refuse_wide(q.shape[0])
         return lambda q, k, v: forward(q, k, v, None, None, longest_q, longest_k, 0.0, causal, False, **settings)[0]
 
     def for_step(self, step: Step) -> Any:
         """The operator with the step's lengths, where a call can have nothing more."""
+        refuse_wide(step.batch)
         cumulative, longest, causal, settings = step.cu_seqlens_q, step.max_q_len, self._causal, self._settings
         if self._request.return_lse or not longest:
             return with_step(self, step)
@@ -66,6 +69,7 @@ class _Prefill:
             return nothing(q, self._request.v_head_dim, return_lse)
         if cu_seqlens_q is None and has_far_gradients(q, self._request):
             return as_ragged(self, q, k, v)
+        refuse_wide(q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1)
         if cu_seqlens_q is None:
             longest_q, longest_k = q.size(1), k.size(1)
         else:
