@@ -3,6 +3,9 @@
 The library's function is watched while the adapter is called once: its arguments as they arrived are the direct call.
 What the adapter looks up, chooses and converts is thereby what it adds, for every adapter by the same rule; views of the
 contract's tensors are made on both sides. Shapes are so small that the device never holds the host up.
+
+Three of flashinfer's functions are not the op without further launches. There the direct call is what a caller writes, of
+:mod:`by_hand`; a second pair has the function alone.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from by_hand import BY_HAND
 from torch import Tensor
 
 import hal
@@ -35,7 +39,7 @@ from hal_ops.rms_norm import RmsNormRequest
 from hal_ops.rotary_embedding import RotaryEmbeddingRequest
 from hal_ops.silu_and_mul import SiluAndMulRequest
 
-__all__ = ["Call", "pairs"]
+__all__ = ["ALONE", "Call", "pairs"]
 
 Call = Callable[[], Any]
 
@@ -98,8 +102,8 @@ _ROWS: dict[str, Request] = {
     "kv_cache_write": KvCacheWriteRequest(num_kv_heads=8, head_dim=128),
     "merge_attention_states": MergeStatesRequest(num_heads=8, v_head_dim=128),
 }
-COMPOSED = tuple(f"flashinfer.{op}" for op in ("rotary_embedding", "kv_cache_write", "merge_attention_states"))
-"""Kernels that are the library's function and further launches, without which it is not the op."""
+ALONE = ", function alone"
+"""Ends the name of a pair whose direct call is not the op yet: the library's function without the launches beside it."""
 _LENGTHS = {"prefill": ((16, 16),), "extend": ((4, 16),) * 4, "decode": ((1, 16),) * 4}
 
 
@@ -113,6 +117,8 @@ def pairs(device: hal.Device, *begin: str) -> Iterator[tuple[str, Call, Call]]:
         if _watched_of(kernel) and request is not None and not refusals(kernel, request, around):
             for form in ("dense", "ragged") if kernel.phase == "prefill" else ("",):
                 yield (f"{kernel.name} {form}".rstrip(), *_pair(kernel, request, device, form))
+            if kernel.name in BY_HAND:
+                yield (f"{kernel.name}{ALONE}", *_watched_pair(kernel, request, device, ""))
 
 
 def _watched_of(kernel: hal.Kernel) -> tuple[str, ...]:
@@ -130,6 +136,13 @@ def _request(kernel: hal.Kernel) -> Request | None:
 
 
 def _pair(kernel: hal.Kernel, request: Request, device: hal.Device, form: str) -> tuple[Call, Call]:
+    if kernel.name not in BY_HAND:
+        return _watched_pair(kernel, request, device, form)
+    adapter = _prepared(kernel, request, device, form)
+    return functools.partial(BY_HAND[kernel.name](request), *adapter.args), adapter
+
+
+def _watched_pair(kernel: hal.Kernel, request: Request, device: hal.Device, form: str) -> tuple[Call, Call]:
     make = functools.partial(_prepared, kernel, request, device, form)
     with _watching(_watched_of(kernel)) as seen:
         watched = make()

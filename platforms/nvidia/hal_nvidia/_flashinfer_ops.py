@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import hal
-from hal_nvidia._flashinfer_reads import FAR, aligned, parts_in_reach, readable
+from hal_nvidia._flashinfer_reads import FAR, LAST, aligned, parts_in_reach, readable
 from hal_ops.fused_add_rms_norm import FusedAddRmsNormRequest
 from hal_ops.gelu_and_mul import GeluAndMulRequest
 from hal_ops.layer_norm import LayerNormRequest
@@ -19,9 +19,6 @@ from hal_ops.rms_norm import RmsNormRequest
 from hal_ops.silu_and_mul import SiluAndMulRequest
 
 __all__ = ["fused_add_rms_norm", "gelu_and_mul", "layer_norm", "rms_norm", "silu_and_mul"]
-
-_LAST = 15
-"""Bits of an address that are 0 at multiples of 16 bytes. Elements here have two bytes, and rows a multiple of 16."""
 
 
 def rms_norm(request: RmsNormRequest, device: hal.Device) -> Callable[..., Tensor]:
@@ -34,7 +31,7 @@ def rms_norm(request: RmsNormRequest, device: hal.Device) -> Callable[..., Tenso
     def call(x: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tensor:
         if out is None and x.dim() == 2:
             space = x.stride()[0]
-            if 0 < x.shape[0] * space < FAR and not (x.data_ptr() | 2 * space | weight.data_ptr()) & _LAST:
+            if 0 < x.shape[0] * space < FAR and not (x.data_ptr() | 2 * space | weight.data_ptr()) & LAST:
                 found: Tensor = function(x, weight, eps)
                 return found
         if not x.numel():
@@ -80,7 +77,7 @@ def fused_add_rms_norm(request: FusedAddRmsNormRequest, device: hal.Device) -> C
     def call(x: Tensor, residual: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tensor:
         if out is x and x.is_contiguous() and residual.is_contiguous() and x.dim() == 2:
             places = x.data_ptr() | residual.data_ptr() | weight.data_ptr()
-            if 0 < x.numel() < FAR and not places & _LAST:
+            if 0 < x.numel() < FAR and not places & LAST:
                 function(x, residual, weight, eps)
                 return x
         if not x.numel():
@@ -114,7 +111,7 @@ def layer_norm(request: LayerNormRequest, device: hal.Device) -> Callable[..., T
         if weight is None or bias is None:
             raise ValueError("weight or bias is missing: this was bound with both")
         places = x.data_ptr() | weight.data_ptr() | bias.data_ptr()
-        if out is None and x.dim() == 2 and x.is_contiguous() and 0 < x.numel() < FAR and not places & _LAST:
+        if out is None and x.dim() == 2 and x.is_contiguous() and 0 < x.numel() < FAR and not places & LAST:
             found: Tensor = function(x, weight, bias, eps)
             return found
         if not x.numel():
@@ -152,9 +149,9 @@ def _gate(function: Callable[..., Any], hidden: int) -> Callable[..., Tensor]:
         if not x.numel():
             return _empty(x[..., :hidden], out)
         x = x.contiguous()  # read by its shape alone; declared in Kernel.copies
-        if x.data_ptr() & _LAST:
+        if x.data_ptr() & LAST:
             x = x.clone()
-        if out is None or not out.is_contiguous() or out.data_ptr() & _LAST:
+        if out is None or not out.is_contiguous() or out.data_ptr() & LAST:
             made: Tensor = function(x)
             return made if out is None else out.copy_(made)
         function(x, out=out)

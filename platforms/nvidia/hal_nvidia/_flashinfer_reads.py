@@ -13,9 +13,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["FAR", "aligned", "parts_in_reach", "readable", "refuse_far", "refuse_many"]
+__all__ = ["FAR", "LAST", "aligned", "parts_in_reach", "readable", "refuse_far", "refuse_many"]
 
-_BYTES = 16
+LAST = 15
+"""Bits of an address that are 0 at multiples of 16 bytes. Rows of 16-bit elements here are a multiple of that."""
 FAR = 1 << 31
 """Elements that norms and merges are given at most, from the first to the last: as many as signed products reach."""
 _FAR_QUERIES = 1 << 32
@@ -27,7 +28,7 @@ def aligned(x: Tensor) -> bool:
     places = x.data_ptr()
     for stride in x.stride()[:-1]:
         places |= stride * x.itemsize
-    return places % _BYTES == 0
+    return not places & LAST
 
 
 def readable(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import hal
-from hal_nvidia._flashinfer_reads import readable
+from hal_nvidia._flashinfer_reads import LAST, readable
 from hal_ops.rotary_embedding import RotaryEmbeddingRequest
 from hal_ops.rotary_embedding.reference import Pair, outputs
 
@@ -32,6 +32,9 @@ def rotary_embedding(request: RotaryEmbeddingRequest, device: hal.Device) -> Cal
         if not positions.numel():
             return empty(q, k, cos, sin, positions) if out is None else out
         numbers, table = _by_token(cos, sin, positions)
+        if out is None and _plain(q) and _plain(k):
+            found: Pair = fresh(numbers, q, k, dim, table, neox)
+            return found
         tokens = _tokens(q), _tokens(k)
         if out is not None and _is(q, out[0], tokens[0]) and _is(k, out[1], tokens[1]):
             inplace(numbers, *tokens, dim, table, neox)
@@ -45,7 +48,8 @@ def rotary_embedding(request: RotaryEmbeddingRequest, device: hal.Device) -> Cal
 
 def _by_token(cos: Tensor, sin: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """The tokens' numbers, and a table with a row for each, float32 ``[tokens + 1, rotary_dim]``."""
-    positions = positions.view(-1)
+    if positions.dim() != 1:
+        positions = positions.view(-1)
     count, half = positions.shape[0], cos.shape[-1]
     table = torch.empty(count + 1, 2 * half, dtype=torch.float32, device=cos.device)
     for given, rows in zip((cos, sin), table[:count].chunk(2, 1), strict=True):
@@ -54,6 +58,11 @@ def _by_token(cos: Tensor, sin: Tensor, positions: Tensor) -> tuple[Tensor, Tens
         else:
             rows.copy_(given.index_select(0, positions))
     return torch.arange(count, dtype=torch.int32, device=cos.device), table
+
+
+def _plain(x: Tensor) -> bool:
+    """Whether x is tokens as they are read, and its result as it is wanted."""
+    return x.dim() == 3 and x.is_contiguous() and not x.data_ptr() & LAST
 
 
 def _tokens(x: Tensor) -> Tensor:

@@ -35,15 +35,15 @@ def merge_attention_states(request: MergeStatesRequest, device: hal.Device) -> C
             return out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)
         if out_a.numel() >= FAR:
             return _halves(call, (out_a, lse_a, out_b, lse_b))
+        if out_a.dim() != 3:
+            sizes = (-1, *last), (-1, last[0])
+            merged, lse = call(*(x.reshape(s) for x, s in zip((out_a, lse_a, out_b, lse_b), 2 * sizes, strict=True)))
+            return merged.view(out_a.shape), lse.view(lse_a.shape)
         logs = torch.stack((lse_a, lse_b))
         none = (logs == -torch.inf).unsqueeze(-1)
         logs.mul_(_LOG2_E).clamp_min_(_NO_KEYS)
-        merged, total = function(
-            _cleared(out_a, none[0]).view(-1, *last), logs[0].view(-1, last[0]),
-            _cleared(out_b, none[1]).view(-1, *last), logs[1].view(-1, last[0]),
-        )  # fmt: skip
-        lse = torch.threshold_(total.mul_(1 / _LOG2_E), _NO_KEYS / 2, -torch.inf)
-        return merged.view(out_a.shape), lse.view(lse_a.shape)
+        merged, total = function(_cleared(out_a, none[0]), logs[0], _cleared(out_b, none[1]), logs[1])
+        return merged, torch.threshold_(total.mul_(1 / _LOG2_E), _NO_KEYS / 2, -torch.inf)
 
     return call
 

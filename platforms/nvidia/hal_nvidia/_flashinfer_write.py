@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import hal
-from hal_nvidia._flashinfer_reads import aligned
+from hal_nvidia._flashinfer_reads import LAST, aligned
 from hal_ops.kv_cache import KvCacheWriteRequest
 from hal_ops.kv_layout import by_token
 from hal_ops.skipping import repeating
@@ -33,6 +33,7 @@ def kv_cache_write(request: KvCacheWriteRequest, device: hal.Device) -> Callable
             multiples of 16 bytes.
     """
     function, layout = importlib.import_module("flashinfer.page").append_paged_kv_cache, request.kv_layout
+    seen: tuple[int, ...] = ()
 
     def call(
         k: Tensor,
@@ -44,7 +45,10 @@ def kv_cache_write(request: KvCacheWriteRequest, device: hal.Device) -> Callable
         k_scale: Tensor | None = None,
         v_scale: Tensor | None = None,
     ) -> None:
-        _check(k_cache, v_cache)
+        nonlocal seen
+        if (strides := k_cache.stride()) != seen or strides != v_cache.stride() or _misplaced(k_cache, v_cache):
+            _check(k_cache, v_cache)
+            seen = strides
         count, pages, place = slot_mapping.shape[0], k_cache.shape[0], k.device
         if not count:
             return
@@ -62,6 +66,10 @@ def kv_cache_write(request: KvCacheWriteRequest, device: hal.Device) -> Callable
         )  # fmt: skip
 
     return call
+
+
+def _misplaced(k_cache: Tensor, v_cache: Tensor) -> bool:
+    return bool((k_cache.data_ptr() | v_cache.data_ptr()) & LAST)
 
 
 def _check(k_cache: Tensor, v_cache: Tensor) -> None:
