@@ -200,9 +200,15 @@ def _named(text: str) -> Device:
     if not mine and name not in registry.platforms:
         mine = _of_torch_type(name, found)
     if not mine:
-        known = {*registry.platforms, *(d.torch_type for d in found)}
-        raise _no_device(f"There is no device {text!r}.{did_you_mean(name, known - {name})}")
+        raise _no_device(f"There is no device {text!r}.{_near(name, found, registry)}")
     return _pick(mine, name, int(index) if index else current_index(mine[0].torch_type))
+
+
+def _near(name: str, found: tuple[Device, ...], registry: Registry) -> str:
+    """What a name may have been meant as that is no platform's and no torch device type's."""
+    if name in registry.platforms or name in {p.torch_type for p in registry.platforms.values()}:
+        return ""
+    return did_you_mean(name, {*registry.platforms, *(d.torch_type for d in found)})
 
 
 def _of_torch_type(name: str, found: tuple[Device, ...]) -> list[Device]:
@@ -241,4 +247,8 @@ def _no_device(what: str) -> DeviceError:
     report = probe_report()
     lines = [f"  {name}: {e}" for name, probe in report.items() for e in probe.evidence]
     lines += [f"  {d}: {d.unusable}" for probe in report.values() for d in probe.devices if d.unusable]
-    return DeviceError("\n".join([f"{what} What each probe saw:", *lines, *_left_out()]), evidence=report)
+    lines += [
+        *_left_out(),
+        "To decide for a device that is not here, write its platform and arch, such as nvidia:sm_90.",
+    ]
+    return DeviceError("\n".join([f"{what} What each probe saw:", *lines]), evidence=report)

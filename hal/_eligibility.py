@@ -6,6 +6,7 @@ One function, :func:`why_not`, answers for selection, errors, ``hal explain``, t
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -114,8 +115,8 @@ def _hardware(kernel: Kernel, around: Circumstances) -> Iterator[Reason]:
         )
         return
     yield from _arch(kernel, around)
-    yield from _version(kernel, "runtime", _runtime_name(around), kernel.runtime, device.runtime)
-    yield from _version(kernel, "driver", "driver", kernel.driver, device.driver)
+    yield from _version(device, "runtime", _runtime_name(around), kernel.runtime, device.runtime)
+    yield from _version(device, "driver", "driver", kernel.driver, device.driver)
     yield from _capabilities(kernel, device)
 
 
@@ -149,7 +150,7 @@ def _arch(kernel: Kernel, around: Circumstances) -> Iterator[Reason]:
         )
 
 
-def _version(kernel: Kernel, field: str, name: str, wanted: str, found: Version) -> Iterator[Reason]:
+def _version(device: Device, field: str, name: str, wanted: str, found: Version) -> Iterator[Reason]:
     if not wanted:
         return
     verdict = found.satisfies(wanted)
@@ -160,9 +161,16 @@ def _version(kernel: Kernel, field: str, name: str, wanted: str, found: Version)
             field,
             "unknown",
             wanted,
+            _description(device, name, wanted) if device.simulated else "",
         )
     elif not verdict:
         yield Reason(f"{field}_too_old", f"needs {name} {wanted}; this is {found}", field, str(found), wanted)
+
+
+def _description(device: Device, name: str, wanted: str) -> str:
+    """How a simulated device is given a version that would do."""
+    lowest = re.search(r"\d[\w.]*", wanted)
+    return f"write {device.platform}:{device.arch.name},{name}={lowest[0] if lowest else wanted}"
 
 
 def _libraries(kernel: Kernel, around: Circumstances) -> Iterator[Reason]:

@@ -88,7 +88,11 @@ def check_names(settings: Settings, registry: Registry) -> None:
         UnknownOpError, UnknownKernelError: with the nearest match.
     """
     for key in settings.op_keys():
-        registry.op(key.removeprefix("op_"))
+        try:
+            registry.op(key.removeprefix("op_"))
+        except UnknownOpError as error:
+            text = f"{settings.value(key).source}: {error}"
+            raise UnknownOpError(text, name=error.name, known=error.known) from None
     disabled = settings.value("disable")
     for name in disabled.value:
         registry.check_known(name, disabled.source)

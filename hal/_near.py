@@ -97,8 +97,8 @@ def _smallest_change(
 ) -> tuple[tuple[tuple[str, Any], ...], tuple[str, ...]] | None:
     request, around = selection.request, selection.around
     rules, free = request.rules(), selection.asked.open_fields()
-    install = tuple(dict.fromkeys(_renewal(r, around) for r in reasons if r.code in _INSTALL))
-    if any(r.code in _SETTING or (r.field not in rules and r.code not in _INSTALL) for r in reasons):
+    install = tuple(dict.fromkeys(_renewal(r, around) for r in reasons if _is_renewed(r)))
+    if any(r.code in _SETTING or (r.field not in rules and not _is_renewed(r)) for r in reasons):
         return None
     changed = _fitted(kernel, request, around)
     if changed is None:
@@ -112,6 +112,11 @@ def _smallest_change(
         if rules[f].required or not changed.is_neutral(f) or not request.is_neutral(f)
     )
     return (changes, install) if changes or install else None
+
+
+def _is_renewed(reason: Reason) -> bool:
+    """Whether what is installed, or described, could be another one; of unknown versions, where there is a way to tell."""
+    return reason.code in _INSTALL or (reason.code == "version_unknown" and bool(reason.remedy))
 
 
 def _renewal(reason: Reason, around: Circumstances) -> str:

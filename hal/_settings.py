@@ -196,9 +196,11 @@ def _meant(name: str) -> str:
     """What a name that is no variable's may have been meant as."""
     if name.startswith("HAL_OP"):
         return " Write HAL_OP_<NAME> with the name of an op."
-    if "KERNEL" in name or "BACKEND" in name:
-        return " HAL_ATTENTION forces a kernel for attention, HAL_OP_<NAME> for another op."
-    return did_you_mean(name, _BY_NAME, prefix="HAL_")
+    bare = re.sub("_(KERNEL|BACKEND)S?", "", name)
+    near = did_you_mean(bare, _BY_NAME, prefix="HAL_")
+    if near or bare == name:
+        return near
+    return " HAL_ATTENTION forces a kernel for attention, HAL_OP_<NAME> for another op."
 
 
 def _op_setting(name: str) -> Setting | None:

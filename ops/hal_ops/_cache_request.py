@@ -17,10 +17,10 @@ class PagesRequest(Request):
     """The cache of one layer, and the properties of the call.
 
     Fields:
-        num_kv_heads, head_dim, v_head_dim: heads of K and V, elements a head of K and of V (default: ``head_dim``).
+        num_kv_heads: heads of K and V; head_dim: elements a head of K; v_head_dim: those of V (default: ``head_dim``).
         kv_dtype: format of the cache, exact: ``"fp8"`` is not a format.
         page_size: tokens a page. kv_layout: ``"NHD"`` or ``"HND"``.
-        deterministic, graph: properties of the call that kernels must declare.
+        deterministic: equal inputs give equal bits; graph: calls can be captured.
 
     Raises:
         ValueError: a value that no kernel could honour.

@@ -19,7 +19,7 @@ class RowRequest(Request):
 
     Fields:
         hidden_size: elements a row. dtype: format of the inputs and, unless the op says otherwise, of the output.
-        deterministic, graph, needs_grad: properties of the call that kernels must declare.
+        deterministic: equal inputs give equal bits; graph: calls can be captured; needs_grad: gradients reach the inputs.
 
     Raises:
         ValueError: a value that no kernel could honour.

@@ -93,6 +93,16 @@ def test_a_wrong_name_is_an_error(fake_platform: Any, which: str, text: str) -> 
         hal.device(which)
 
 
+@pytest.mark.parametrize("which", ["nvidia", "cuda", "h100"])
+def test_what_is_not_here_can_be_simulated(which: str) -> None:  # requirement X19
+    """A torch device type that a platform knows is no misspelling of another."""
+    if torch.cuda.is_available():
+        pytest.skip("there is such a device here")
+    with pytest.raises(DeviceError, match="write its platform and arch, such as nvidia:sm_90") as caught:
+        hal.device(which)
+    assert "Did you mean" not in str(caught.value)
+
+
 def test_probes_are_kept_by_their_visibility_variables(
     fake_platform: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # requirement P12

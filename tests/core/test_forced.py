@@ -10,7 +10,7 @@ import pytest
 
 import hal
 from hal._selection import PRECEDENCE, require
-from hal.errors import NoKernelError, UnknownKernelError
+from hal.errors import NoKernelError, UnknownKernelError, UnknownOpError
 from hal_ops.attention import PHASES, AttentionRequest
 
 
@@ -117,6 +117,15 @@ def test_the_general_variable_of_an_op_works_for_any_op(two: None, monkeypatch: 
     assert op.selection.kernels() == {"call": "reference.merge_attention_states"}
     monkeypatch.setenv("HAL_OP_ATTENTION", "other")
     assert chosen()["decode"] == "other.decode"
+
+
+def test_a_setting_about_no_op_says_where_it_stands(two: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    # requirement X3
+    """Whoever asks for another op did not write that name."""
+    monkeypatch.setenv("HAL_OP_RMSNORM", "triton")
+    with pytest.raises(UnknownOpError, match=r"^variable HAL_OP_RMSNORM: no op .* Did you mean 'rms_norm'") as caught:
+        chosen()
+    assert caught.value.name == "rmsnorm"
 
 
 @pytest.mark.parametrize(

@@ -198,8 +198,13 @@ def test_an_unknown_runtime_version_says_so(fake_platform: Any, library: Any) ->
     fake_platform(kernels=library("lib", runtime=">=12.3"))
     with hal.simulate("fake:f10"):
         (reason,) = reasons(hal.select(request()), "lib.decode")
+        (miss,) = (m for m in hal.select(request()).near_misses() if "lib.decode" in m.kernels)
     assert reason.code == "version_unknown"
     assert "not given to the simulation" in reason.text
+    assert reason.remedy == "write fake:f10,frt=12.3"
+    assert miss.install == (reason.remedy,)
+    with hal.simulate(reason.remedy.removeprefix("write ")):
+        assert hal.select(request()).kernels()["decode"] == "lib.decode"
 
 
 def test_a_build_without_the_arch_is_refused(fake_platform: Any, library: Any) -> None:  # requirement P44

@@ -42,7 +42,9 @@ def test_unset_and_empty_are_one(monkeypatch: pytest.MonkeyPatch) -> None:  # re
         ("HAL_PLUGIN", "Did you mean 'HAL_PLUGINS'"),
         ("HAL_OP_", "HAL_OP_<NAME>"),
         ("HAL_KERNEL", "HAL_ATTENTION forces a kernel for attention, HAL_OP_<NAME> for another op"),
-        ("HAL_ATTENTION_BACKEND", "HAL_ATTENTION forces a kernel"),
+        ("HAL_ATTENTION_BACKEND", "Did you mean 'HAL_ATTENTION'"),
+        ("HAL_ATTENTION_PREFILL_KERNEL", "Did you mean 'HAL_ATTENTION_PREFILL'"),
+        ("HAL_DISABLE_KERNELS", "Did you mean 'HAL_DISABLE'"),
     ],
 )
 def test_an_unknown_variable_is_an_error_with_the_nearest(

@@ -20,6 +20,7 @@ WANTED: dict[str, dict[str, Any]] = {
     "flashinfer_sink": {"sinks": True, "head_dim": 64},
     "trtllm_gen": {"kv_layout": "HND"},
     "flashinfer_cudnn": {"kv_layout": "HND"},
+    "sdpa_efficient": {"num_kv_heads": 8},
 }
 """What libraries ask for that do not serve the others' request."""
 REFUSED = "in 32 bits"

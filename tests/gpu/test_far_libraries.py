@@ -29,11 +29,12 @@ SPAN = (1 << 32) + (1 << 28)
 """Elements from the first row of a tensor to the last."""
 LENGTHS: dict[str, Any] = {
     "ragged": ((1, 1), (3, 3), (5, 5), (4, 4)),
+    "one sequence": ((300, 300),),
     "dense": ((4, 4),) * 5,
     "extend": ((3, 40), (5, 20), (1, 90), (1, 33), (1, 50)),
     "decode": ((1, 40), (1, 20), (1, 90), (1, 1), (1, 33)),
 }
-"""The last row's queries see several keys."""
+"""The last row's queries see several keys. One sequence lies as far as the others together."""
 
 Far = Callable[[Tensor], Tensor]
 
@@ -67,7 +68,7 @@ def test_attention(form: str, what: str, far: Far, device: hal.Device) -> None: 
     form, _, fp8 = form.partition(", ")
     phase = form if form in ("extend", "decode") else "prefill"
     cache = {"kv_dtype": "float8_e4m3fn"} if fp8 else {}
-    ragged = {"form": form} if phase == "prefill" else {}
+    ragged = {"form": "dense" if form == "dense" else "ragged"} if phase == "prefill" else {}
 
     def check(kernel: hal.Kernel, asked: Any) -> list[str]:
         case = make_case(asked, phase, device=device.torch_device(), lengths=LENGTHS[form], **ragged)

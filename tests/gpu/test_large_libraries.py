@@ -81,7 +81,7 @@ def test_tokens_one_behind_the_other(device: hal.Device) -> None:  # requirement
 
 WIDE = 65_535
 """As many sequences as the second and third dim of a grid hold."""
-REFUSE_MORE = ("sdpa_flash", "sdpa_cudnn", "fa2", "xqa")
+REFUSE_MORE = ("sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "fa2", "xqa", "fmha_v2")
 
 
 @pytest.mark.parametrize("count", [WIDE, 70_001])
@@ -96,14 +96,15 @@ def test_as_many_sequences_as_a_grid_is_wide_and_more(phase: str, count: int, de
         return AttentionRequest(**{**BASE, "page_size": 16, "kv_layout": "NHD", **more}, phases=phase)
 
     def check(kernel: hal.Kernel, asked: Any) -> list[str]:
-        q, k, v = (torch.randn(count, heads, asked.head_dim, device=place).bfloat16() for heads in (8, 2, 2))
+        heads = asked.num_q_heads, asked.num_kv_heads, asked.num_kv_heads
+        q, k, v = (torch.randn(count, h, asked.head_dim, device=place).bfloat16() for h in heads)
         call = resolve_target(kernel.target)(asked, device)
         if count > WIDE and kernel.library in REFUSE_MORE:
             with pytest.raises(ValueError, match="a call of 70001 sequences"):
                 attend(call, asked.page_size, q, k, v)
             return []
         out = attend(call, asked.page_size, q, k, v)
-        return [] if torch.allclose(out, v.repeat_interleave(4, 1), atol=2e-2) else ["WRONG"]
+        return [] if torch.allclose(out, v.repeat_interleave(asked.group_size, 1), atol=2e-2) else ["WRONG"]
 
     def attend(call: Any, size: Any, q: Tensor, k: Tensor, v: Tensor) -> Any:
         if phase == "prefill":

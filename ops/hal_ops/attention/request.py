@@ -71,8 +71,8 @@ class AttentionRequest(Request):
     """What a caller needs from attention. Every field takes part in the choice of kernels.
 
     Fields:
-        num_q_heads, num_kv_heads: heads of q and of k, v; the first is a multiple of the second.
-        head_dim, v_head_dim: elements a head of q and k, and of v (default: ``head_dim``).
+        num_q_heads: heads of q, a multiple of num_kv_heads; num_kv_heads: heads of k and v.
+        head_dim: elements a head of q and k; v_head_dim: those of v (default: ``head_dim``).
         dtype: format of q, k, v and of the output; ``kv_dtype``: format of the cache (default: ``dtype``;
             ``"fp8"`` becomes the e4m3 flavour of the device).
         causal: each query sees keys up to its own position, aligned to the end of the keys.
@@ -80,7 +80,7 @@ class AttentionRequest(Request):
         softcap: ``cap * tanh(score / cap)`` on scaled scores; 0 is off.
         sinks: one learned logit a query head, in the denominator only. alibi: one slope a query head.
         softmax_scale: multiplies q·k; default ``1 / sqrt(head_dim)``, written out here.
-        page_size: tokens a page of the cache; kv_layout: ``"NHD"``, ``"HND"`` or ``"HDN"``. Either may be ``"auto"``,
+        page_size: tokens a page of the cache, or ``"auto"``; kv_layout: ``"NHD"``, ``"HND"``, ``"HDN"`` or ``"auto"``,
             which is never ``"HDN"``.
         kv_scale: an FP8 cache has one k and one v scale a ``"tensor"`` or a ``"head"``.
         qkv_dtype: format of q, k and v where they are fresh (prefill), if it is FP8 (default: ``dtype``, which the output
@@ -88,7 +88,8 @@ class AttentionRequest(Request):
         fp8_query: a permission: over an FP8 cache, kernels may round q and the probabilities to the cache's format
             (faster products, errors of some percent). A kernel that keeps their precision serves such a request too.
         max_q_len: most queries a sequence in the decode phase (more than 1 for speculative decoding).
-        return_lse, deterministic, needs_grad, graph: properties of the call that kernels must declare.
+        return_lse: calls may ask for the natural log of each softmax denominator; deterministic: equal inputs give equal
+            bits; needs_grad: gradients reach q, k and v; graph: calls can be captured.
         phases: the phases that the caller will use. With ``needs_grad`` or an FP8 ``qkv_dtype`` the default is prefill
             alone.
 

@@ -45,9 +45,9 @@ class Fp8QuantizeRequest(RowRequest):
         hidden_size: elements a row. dtype: format of x.
         fp8_dtype: format of the values, exact, or ``"fp8"`` for the device's own e4m3 format.
         granularity: what has one scale: the ``"tensor"``, a ``"token"`` or a ``"block"``.
-        block_size, block_rows: elements and rows of a block; other granularities have none.
+        block_size: elements of a block's row; block_rows: rows of a block; other granularities have neither.
         static: the scales are given at the call.
-        deterministic, graph, needs_grad: properties of the call that kernels must declare (none has a gradient).
+        deterministic: equal inputs give equal bits; graph: calls can be captured; needs_grad: no kernel has a gradient.
 
     Raises:
         ValueError: a value that no kernel could honour.

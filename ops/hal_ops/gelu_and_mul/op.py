@@ -33,7 +33,7 @@ class GeluAndMulRequest(RowRequest):
     Fields:
         hidden_size: elements a row of out; x has twice as many. dtype: format of x and out.
         approximate: ``"none"`` (with erf; ``"erf"`` is another word for it) or ``"tanh"``, as in torch.
-        deterministic, graph, needs_grad: properties of the call that kernels must declare.
+        deterministic: equal inputs give equal bits; graph: calls can be captured; needs_grad: gradients reach the inputs.
 
     Raises:
         ValueError: a value that no kernel could honour.

@@ -33,11 +33,11 @@ class KvCacheWriteRequest(Request):
     """What a caller needs from the write of a paged KV cache.
 
     Fields:
-        num_kv_heads, head_dim, v_head_dim: heads of k and v, elements a head of k and of v (default: ``head_dim``).
+        num_kv_heads: heads of k and v; head_dim: elements a head of k; v_head_dim: those of v (default: ``head_dim``).
         dtype: format of k and v; kv_dtype: format of the cache (default: ``dtype``), exact: ``"fp8"`` is not a format.
         page_size: tokens a page. kv_layout: ``"NHD"``, ``"HND"`` or ``"HDN"``.
         kv_scale: an FP8 cache has one k and one v scale a ``"tensor"`` or a ``"head"``.
-        deterministic, graph: properties of the call that kernels must declare.
+        deterministic: equal inputs give equal bits; graph: calls can be captured.
 
     Raises:
         ValueError: a value that no kernel could honour.

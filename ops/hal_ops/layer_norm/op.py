@@ -32,9 +32,9 @@ class LayerNormRequest(RowRequest):
 
     Fields:
         hidden_size: elements a row. dtype: format of x and out; weight_dtype: of weight and bias (default: ``dtype``).
-        weight, bias: whether there is one.
+        weight: whether there is one; bias: whether there is one.
         eps: added to the variance.
-        deterministic, graph, needs_grad: properties of the call that kernels must declare.
+        deterministic: equal inputs give equal bits; graph: calls can be captured; needs_grad: gradients reach the inputs.
 
     Raises:
         ValueError: a value that no kernel could honour, a bias without a weight among them.

@@ -28,8 +28,8 @@ class MergeStatesRequest(Request):
     """What a caller needs from the merge of attention states.
 
     Fields:
-        num_heads, v_head_dim: query heads, and elements a head of the outs. dtype: format of the outs.
-        deterministic, graph, needs_grad: properties of the call that kernels must declare.
+        num_heads: query heads; v_head_dim: elements a head of the outs. dtype: format of the outs.
+        deterministic: equal inputs give equal bits; graph: calls can be captured; needs_grad: gradients reach the inputs.
 
     Raises:
         ValueError: a value that no kernel could honour.

@@ -24,7 +24,8 @@ class MlaAttentionRequest(Request):
         num_q_heads: query heads; they share one latent key a token.
         kv_lora_rank: elements of the latent, which is a key's first part and the whole value.
         qk_rope_head_dim: elements of the rotated part of q and k, shared by all heads.
-        qk_nope_head_dim, v_head_dim: elements a head before absorption, of q and k without the rotated part, and of v.
+        qk_nope_head_dim: elements a head of q and k before absorption, without the rotated part; v_head_dim: of v before
+            absorption.
         dtype: format of q, of the latents and of the output. kv_dtype: format of the cache, latents and rotated keys
             alike (default: ``dtype``; ``"fp8"`` becomes the e4m3 flavour of the device). An FP8 cache has one scale.
         fp8_query: a permission: over an FP8 cache, kernels may round q and the probabilities to the cache's format
@@ -33,7 +34,8 @@ class MlaAttentionRequest(Request):
         max_q_len: most queries a sequence in the decode phase (more than 1 for speculative decoding).
         softmax_scale: multiplies q·k; default ``1 / sqrt(qk_nope_head_dim + qk_rope_head_dim)``, written out here.
         causal: each query sees keys up to its own position, aligned to the end of the keys.
-        return_lse, deterministic, graph: properties of the call that kernels must declare.
+        return_lse: calls may ask for the natural log of each softmax denominator; deterministic: equal inputs give equal
+            bits; graph: calls can be captured.
         phases: the phases that the caller will use.
 
     Raises:

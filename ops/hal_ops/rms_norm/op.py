@@ -31,7 +31,7 @@ class RmsNormRequest(RowRequest):
     Fields:
         hidden_size: elements a row. dtype: format of x and out; weight_dtype: of the weight (default: ``dtype``).
         eps: added to the mean of the squares. weight_offset: added to the weight (Gemma's checkpoints: 1).
-        deterministic, graph, needs_grad: properties of the call that kernels must declare.
+        deterministic: equal inputs give equal bits; graph: calls can be captured; needs_grad: gradients reach the inputs.
 
     Raises:
         ValueError: a value that no kernel could honour.

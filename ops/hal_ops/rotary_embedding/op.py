@@ -38,10 +38,10 @@ class RotaryEmbeddingRequest(Request):
     """What a caller needs from the rotary embedding.
 
     Fields:
-        num_q_heads, num_kv_heads, head_dim: heads of q and of k, elements a head.
+        num_q_heads: heads of q; num_kv_heads: heads of k; head_dim: elements a head.
         rotary_dim: elements a head that turn, even (default: ``head_dim``). style: ``"neox"`` or ``"interleaved"``.
         dtype: format of q and k; table_dtype: of cos and sin.
-        deterministic, graph, needs_grad: properties of the call that kernels must declare.
+        deterministic: equal inputs give equal bits; graph: calls can be captured; needs_grad: gradients reach the inputs.
 
     Raises:
         ValueError: a value that no kernel could honour.

@@ -62,13 +62,13 @@ class RotaryKvCacheWriteRequest(Request):
     """What a caller needs from the rotary embedding with the cache write.
 
     Fields:
-        num_q_heads, num_kv_heads: heads of q, and of k and v. head_dim, v_head_dim: elements a head of q and k, and of
-            v (default: ``head_dim``).
+        num_q_heads: heads of q; num_kv_heads: of k and v; head_dim: elements a head of q and k; v_head_dim: those of v
+            (default: ``head_dim``).
         rotary_dim: elements a head that turn, even (default: ``head_dim``). style: ``"neox"`` or ``"interleaved"``.
         dtype: format of q, k and v; kv_dtype: of the cache (default: ``dtype``), exact; table_dtype: of cos and sin.
         page_size: tokens a page. kv_layout: ``"NHD"`` or ``"HND"``.
         kv_scale: an FP8 cache has one k and one v scale a ``"tensor"`` or a ``"head"``.
-        deterministic, graph: properties of the call that kernels must declare.
+        deterministic: equal inputs give equal bits; graph: calls can be captured.
 
     Raises:
         ValueError: a value that no kernel could honour.

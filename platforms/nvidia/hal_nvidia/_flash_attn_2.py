@@ -37,7 +37,7 @@ class _Prefill:
         """The library's function itself, where a call has keys and queries, and nothing else."""
         if not q.numel() or not k.numel() or has_far_gradients(q, self._request):
             return self
-        refuse_wide(q.shape[0])
+        refuse_wide(q.shape[0], "fa2")
         return self._dense
 
     def for_step(self, step: Step) -> Any:
@@ -65,7 +65,7 @@ class _Prefill:
             return nothing(q, request.v_head_dim, return_lse)
         if cu_seqlens_q is None and has_far_gradients(q, request):
             return as_ragged(self, q, k, v, alibi_slopes)
-        refuse_wide(q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1)
+        refuse_wide(q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1, "fa2")
         if cu_seqlens_q is None:
             found = self._dense(q, k, v, alibi_slopes=alibi_slopes, return_attn_probs=return_lse)
         else:
@@ -109,7 +109,7 @@ class _Paged:
             check_tensors(self._request, sinks, alibi_slopes)
 
     def plan(self, step: Step) -> None:
-        refuse_wide(step.batch)
+        refuse_wide(step.batch, "fa2")
 
     def _caches(self, k_cache: Tensor, v_cache: Tensor) -> tuple[Tensor, Tensor]:
         return (k_cache.transpose(1, 2), v_cache.transpose(1, 2)) if self._heads_first else (k_cache, v_cache)
@@ -147,7 +147,7 @@ class _Decode(_Paged):
     """What is planned is the number of queries a row, which is a size of the call."""
 
     def plan(self, step: Step) -> int:  # type: ignore[override]
-        refuse_wide(step.batch)
+        refuse_wide(step.batch, "fa2")
         return step.q_lens[0] if step.q_lens else 0
 
     def update(self, step: Step, payload: int) -> int:

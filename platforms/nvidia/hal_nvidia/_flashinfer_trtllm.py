@@ -111,7 +111,7 @@ class _Xqa(Paged):
         v_scale: Tensor | None, return_lse: bool,
     ) -> Any:  # fmt: skip
         rows = min(q.shape[0], step.batch)
-        refuse_wide(rows)
+        refuse_wide(rows, "xqa")
         whole = rows == step.batch
         q, whole_out, out = self._first(q, rows)
         found = self._function(

@@ -11,6 +11,7 @@ from torch import Tensor
 import hal
 from hal_nvidia import _flashinfer_pool as pool
 from hal_nvidia._flash import nothing, sequences_of
+from hal_nvidia._grid import refuse_wide
 from hal_ops.attention import AttentionRequest, Step, with_lengths
 
 __all__ = ["fmha_v2_prefill"]
@@ -76,6 +77,7 @@ class _FmhaV2:
         self, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: Any, max_k: Any, sinks: Tensor | None,
         *, all_see: bool,
     ) -> Tensor:  # fmt: skip
+        refuse_wide(cu_q.shape[0] - 1, "fmha_v2")
         out: Tensor = self._function(
             (q.contiguous(), k.contiguous(), v.contiguous()),  # read by their shapes; declared in Kernel.copies
             "SEPARATE_Q_K_V",

@@ -50,7 +50,7 @@ class _Prefill:
         q_len, kv_len = q.shape[1], k.shape[1]
         if not q.numel() or not k.numel() or self.needs_grad or (self._causal and 1 < q_len != kv_len):
             return self
-        refuse_wide(q.shape[0])
+        refuse_wide(q.shape[0], "sdpa_cudnn")
         (b, n, h, d), (m, g), e = q.shape, k.shape[1:3], v.shape[3]
         a, c, f = (tuple(x.stride(i) for i in (0, 2, 1, 3)) for x in (q, k, v))
         sizes, causal, scale = ((b, h, n, d), (b, g, m, d), (b, g, m, e)), self._causal and q_len > 1, self._scale
@@ -92,7 +92,7 @@ class _Prefill:
         if self.needs_grad and q.shape[0] > (most := self._sequences_at_a_time(q, k)):
             parts = zip(torch.split(q, most), torch.split(k, most), torch.split(v, most), strict=True)
             return torch.cat([self._square(*part, causal, False)[0] for part in parts]), None
-        refuse_wide(q.shape[0])
+        refuse_wide(q.shape[0], "sdpa_cudnn")
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         wanted = return_lse or self.needs_grad
         found = forward(q, k, v, None, wanted, 0.0, causal, False, scale=self._scale)
@@ -153,7 +153,7 @@ class _Prefill:
 
     def even_step(self, rows: int, length: int) -> Any:
         """Rows of one length, as many queries as keys: one launch, on views that are made in one step each."""
-        refuse_wide(rows)
+        refuse_wide(rows, "sdpa_cudnn")
         request = self._request
         causal, scale = self._causal and length > 1, self._scale
         q_size = rows, request.num_q_heads, length, request.head_dim

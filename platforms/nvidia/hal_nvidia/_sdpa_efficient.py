@@ -6,6 +6,10 @@ The kernel takes ``[batch, len, heads, dim]``, or ``[1, tokens, heads, dim]`` wi
 Where a sequence has more queries than keys, the causal mask is wrong in *all* rows (seen on an H200 with torch 2.11):
 the first ones, which see no key, are made a sequence of their own, without keys. Of such a sequence neither a wide
 output nor the gradient of q is ever written (``kernel_forward.h``, ``kernel_backward.h``): both are masked.
+
+Keys and values of a sequence are found by ``iter_key_start * k_strideM`` in 32 bits, in the backward pass queries too
+(``kernel_forward.h``, ``kernel_backward.h``). Past that other rows are read, without a word or with an illegal access
+(torch 2.11.0 on an H200). So sequences that lie that far are refused; where a batch begins is found in 64 bits.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from torch.nn import functional
 
 import hal
 from hal_nvidia._flash import nothing, sequences_of
+from hal_nvidia._grid import refuse_wide
 from hal_ops.attention import AttentionRequest, PrefillAttention
 from hal_ops.attention.reference import check_tensors
 
@@ -25,6 +30,7 @@ __all__ = ["prefill"]
 
 forward = torch.ops.aten._efficient_attention_forward.default
 _FULL, _CAUSAL = 0, 2
+_FAR = 1 << 31
 _WRITTEN = 128
 """Largest ``v_head_dim`` for which the kernel writes rows without keys."""
 
@@ -42,11 +48,14 @@ class _Prefill:
         self._scale = request.softmax_scale
         self._needs_grad = request.needs_grad
         self._all_written = request.v_head_dim <= _WRITTEN
+        self._near: tuple[Any, ...] | None = None
 
     def for_dense(self, q: Tensor, k: Tensor, v: Tensor) -> Any:
         """The operator itself, where each query sees a key."""
         if not q.numel() or not k.numel() or (self._causal and q.size(1) > k.size(1)):
             return self
+        self._check_reach(q, k, v, q.size(1), k.size(1))
+        refuse_wide(q.size(0), "sdpa_efficient")
         mask, wanted, scale = self._mask, self._needs_grad, self._scale
         return lambda q, k, v: forward(q, k, v, None, None, None, None, None, 0.0, mask, wanted, scale=scale)[0]
 
@@ -69,11 +78,26 @@ class _Prefill:
         if not q.numel() or not k.numel():
             return nothing(q, self._request.v_head_dim, return_lse)
         if cu_seqlens_q is None or cu_seqlens_k is None:
+            self._check_reach(q, k, v, q.shape[1], k.shape[1])
             return self._dense(q, k, v, return_lse)
         bounds = max_seqlen_q or q.shape[0], max_seqlen_k or k.shape[0]
+        self._check_reach(q, k, v, *bounds)
         return self._ragged(q, k, v, cu_seqlens_q, cu_seqlens_k, bounds, return_lse)
 
+    def _check_reach(self, q: Tensor, k: Tensor, v: Tensor, q_len: int, kv_len: int) -> None:
+        """Look at how far sequences lie, once for those that are alike.
+
+        Raises:
+            ValueError: the kernel cannot reach all of one.
+        """
+        alike = q_len, kv_len, q.stride(), k.stride(), v.stride()
+        if alike != self._near:
+            for name, x, length in (("q", q, q_len), ("k", k, kv_len), ("v", v, kv_len)):
+                refuse_far(name, x, length)
+            self._near = alike
+
     def _dense(self, q: Tensor, k: Tensor, v: Tensor, return_lse: bool) -> Any:
+        refuse_wide(q.size(0), "sdpa_efficient")
         empty = q.size(1) - k.size(1) if self._causal else 0
         q = q[:, empty:] if empty > 0 else q
         wanted = return_lse or self._needs_grad
@@ -87,8 +111,11 @@ class _Prefill:
     def _ragged(
         self, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, bounds: tuple[int, int], return_lse: bool
     ) -> Any:
+        library = "sdpa_efficient"
         if self._causal and cu_q is not cu_k:
             cu_q, cu_k = without_first_queries(cu_q, cu_k)
+            library += ", which makes two of each,"
+        refuse_wide(cu_q.shape[0] - 1, library)
         if not return_lse and not self._needs_grad and self._all_written:
             return self._launch(q, k, v, cu_q, cu_k, bounds, False)[0][0]
         rows, places, empty = tokens(q.shape[0], cu_q, cu_k, bounds[0])
@@ -105,6 +132,21 @@ class _Prefill:
         self, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, bounds: tuple[int, int], wanted: bool
     ) -> Any:
         return forward(q[None], k[None], v[None], None, cu_q, cu_k, *bounds, 0.0, self._mask, wanted, scale=self._scale)
+
+
+def refuse_far(name: str, x: Tensor, length: int) -> None:
+    """Refuse ``[..., length, heads, dim]`` of which the kernel cannot reach a sequence.
+
+    Raises:
+        ValueError: one lies over 2**31 elements or more.
+    """
+    reach = (length - 1) * x.stride(-3) + (x.shape[-2] - 1) * x.stride(-2) + x.shape[-1]
+    if reach >= _FAR:
+        raise ValueError(
+            f"a sequence of {length} tokens of {name} {tuple(x.shape)} with strides {x.stride()} lies over {reach} "
+            "elements, and torch's memory-efficient attention multiplies rows by strides in 32 bits: give it without gaps, "
+            "or shorter, or force another library"
+        )
 
 
 def without_first_queries(cu_q: Tensor, cu_k: Tensor) -> tuple[Tensor, Tensor]:

@@ -35,12 +35,12 @@ class _Prefill:
         longest_q, longest_k, causal, settings = q.size(1), k.size(1), self._causal, self._settings
         if not q.numel() or not k.numel() or has_far_gradients(q, self._request):
             return self
-        refuse_wide(q.shape[0])
+        refuse_wide(q.shape[0], "sdpa_flash")
         return lambda q, k, v: forward(q, k, v, None, None, longest_q, longest_k, 0.0, causal, False, **settings)[0]
 
     def for_step(self, step: Step) -> Any:
         """The operator with the step's lengths, where a call can have nothing more."""
-        refuse_wide(step.batch)
+        refuse_wide(step.batch, "sdpa_flash")
         cumulative, longest, causal, settings = step.cu_seqlens_q, step.max_q_len, self._causal, self._settings
         if self._request.return_lse or not longest:
             return with_step(self, step)
@@ -69,7 +69,7 @@ class _Prefill:
             return nothing(q, self._request.v_head_dim, return_lse)
         if cu_seqlens_q is None and has_far_gradients(q, self._request):
             return as_ragged(self, q, k, v)
-        refuse_wide(q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1)
+        refuse_wide(q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1, "sdpa_flash")
         if cu_seqlens_q is None:
             longest_q, longest_k = q.size(1), k.size(1)
         else:
