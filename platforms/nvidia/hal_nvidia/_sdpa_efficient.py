@@ -9,7 +9,8 @@ output nor the gradient of q is ever written (``kernel_forward.h``, ``kernel_bac
 
 Keys and values of a sequence are found by ``iter_key_start * k_strideM`` in 32 bits, in the backward pass queries too
 (``kernel_forward.h``, ``kernel_backward.h``). Past that other rows are read, without a word or with an illegal access
-(torch 2.11.0 on an H200). So sequences that lie that far are refused; where a batch begins is found in 64 bits.
+(torch 2.11.0 on an H200). So sequences that lie that far are refused; where a batch begins is found in 64 bits. Where an
+LSE is to be written is found in 32 bits too (``batch_id * lse_dim * num_heads``).
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ class _Prefill:
             return self
         self._check_reach(q, k, v, q.size(1), k.size(1))
         refuse_wide(q.size(0), "sdpa_efficient")
+        if self._needs_grad:
+            refuse_many(*q.shape[:3])
         mask, wanted, scale = self._mask, self._needs_grad, self._scale
         return lambda q, k, v: forward(q, k, v, None, None, None, None, None, 0.0, mask, wanted, scale=scale)[0]
 
@@ -100,7 +103,8 @@ class _Prefill:
         refuse_wide(q.size(0), "sdpa_efficient")
         empty = q.size(1) - k.size(1) if self._causal else 0
         q = q[:, empty:] if empty > 0 else q
-        wanted = return_lse or self._needs_grad
+        if wanted := return_lse or self._needs_grad:
+            refuse_many(*q.shape[:3])
         found = forward(q, k, v, None, None, None, None, None, 0.0, self._mask, wanted, scale=self._scale)
         out = functional.pad(found[0], (0, 0, 0, 0, empty, 0)) if empty > 0 else found[0]
         if not return_lse:
@@ -118,6 +122,7 @@ class _Prefill:
         refuse_wide(cu_q.shape[0] - 1, library)
         if not return_lse and not self._needs_grad and self._all_written:
             return self._launch(q, k, v, cu_q, cu_k, bounds, False)[0][0]
+        refuse_many(cu_q.shape[0] - 1, bounds[0], q.shape[1])
         rows, places, empty = tokens(q.shape[0], cu_q, cu_k, bounds[0])
         if self._needs_grad:
             q = q.masked_fill(empty[:, None, None], 0.0)
@@ -146,6 +151,21 @@ def refuse_far(name: str, x: Tensor, length: int) -> None:
             f"a sequence of {length} tokens of {name} {tuple(x.shape)} with strides {x.stride()} lies over {reach} "
             "elements, and torch's memory-efficient attention multiplies rows by strides in 32 bits: give it without gaps, "
             "or shorter, or force another library"
+        )
+
+
+def refuse_many(sequences: int, longest: int, heads: int) -> None:
+    """Refuse LSEs of which the kernel cannot reach the last.
+
+    Raises:
+        ValueError: they are 2**31 numbers or more.
+    """
+    count = sequences * heads * -(-longest // 32) * 32
+    if count >= _FAR:
+        raise ValueError(
+            f"the LSEs of {sequences} sequences of up to {longest} queries of {heads} heads take {count} numbers, and "
+            "torch's memory-efficient attention finds them in 32 bits: give fewer sequences at a time, or force another "
+            "library"
         )
 
 

@@ -5,6 +5,7 @@ The reach is made small here; ``tests/gpu/test_far_libraries.py`` goes past the 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -64,6 +65,23 @@ def test_without_gaps_it_is_served_however_many_there_are(calls: list[Any]) -> N
     torch.testing.assert_close(call.for_dense(*three)(*three), dense)
     torch.testing.assert_close(call(*(x.flatten(0, 1) for x in three), **starts(5)), dense.flatten(0, 1))
     assert len(calls) == 3
+
+
+@pytest.mark.parametrize("asked", [{"return_lse": True}, {"needs_grad": True}])
+def test_more_lses_than_it_reaches_are_refused(asked: dict[str, Any], calls: list[Any]) -> None:  # requirement P24, C7
+    """They have room for as many queries of each sequence as of the longest, in multiples of 32."""
+    request = REQUEST.replace(**asked)
+    call = hardware.build("sdpa_efficient.prefill", request)
+    most, lse = COMPACT // (4 * 32), {"return_lse": True} if request.return_lse else {}
+    near, far = (tuple(x.contiguous() for x in projected(count)) for count in (most, most + 1))
+    call(*near, **lse)
+    assert calls.pop()
+    for tensors, lengths in ((far, {}), ([x.flatten(0, 1) for x in far], starts(most + 1))):
+        with pytest.raises(ValueError, match=f"the LSEs of {most + 1} sequences of up to 10 queries of 4 heads take"):
+            call(*tensors, **lengths, **lse)
+    with pytest.raises(ValueError, match="the LSEs of") if request.needs_grad else contextlib.nullcontext():
+        call.for_dense(*far)
+    assert calls == []
 
 
 def test_like_calls_are_looked_at_once_and_others_anew(calls: list[Any]) -> None:
