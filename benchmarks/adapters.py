@@ -1,6 +1,6 @@
 """What adapters cost on the host, over calling their libraries directly with the same tensors. Needs the device.
 
-    python benchmarks/adapters.py [NAME ...] [--json benchmarks/results/adapters-<machine>.json]
+    python benchmarks/adapters.py [NAME ...] [--rounds N] [--json benchmarks/results/adapters-<machine>.json]
 
 Both calls are measured turn by turn in one process; figures are medians in microseconds, and the ratio is that of the
 two medians. What an adapter adds is the median difference of neighbouring rounds, and the spread is how far the middle half
@@ -89,12 +89,13 @@ def report(device: hal.Device, found: dict[str, Figures]) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("--rounds", type=int, default=61, help="of both calls in turns; more where the host is noisy")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     device = hal.device()
     found = {}
     for name, direct, adapter in pairs(device, *options.names):
-        found[name] = in_turns(direct, adapter)
+        found[name] = in_turns(direct, adapter, rounds=options.rounds)
         print(f"measured {name}", file=sys.stderr)
     if not found:
         print(f"no kernel of {device} that begins with {' or '.join(options.names) or 'anything'} can run here")

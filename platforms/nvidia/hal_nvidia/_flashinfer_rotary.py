@@ -32,7 +32,8 @@ def rotary_embedding(request: RotaryEmbeddingRequest, device: hal.Device) -> Cal
         if not positions.numel():
             return empty(q, k, cos, sin, positions) if out is None else out
         numbers, table = _by_token(cos, sin, positions)
-        if out is None and _plain(q) and _plain(k):
+        places = q.data_ptr() | k.data_ptr()
+        if out is None and q.dim() == 3 and q.is_contiguous() and k.is_contiguous() and not places & LAST:
             found: Pair = fresh(numbers, q, k, dim, table, neox)
             return found
         tokens = _tokens(q), _tokens(k)
@@ -50,19 +51,16 @@ def _by_token(cos: Tensor, sin: Tensor, positions: Tensor) -> tuple[Tensor, Tens
     """The tokens' numbers, and a table with a row for each, float32 ``[tokens + 1, rotary_dim]``."""
     if positions.dim() != 1:
         positions = positions.view(-1)
-    count, half = positions.shape[0], cos.shape[-1]
-    table = torch.empty(count + 1, 2 * half, dtype=torch.float32, device=cos.device)
-    for given, rows in zip((cos, sin), table[:count].chunk(2, 1), strict=True):
-        if given.dtype == table.dtype:
-            torch.index_select(given, 0, positions, out=rows)
-        else:
-            rows.copy_(given.index_select(0, positions))
-    return torch.arange(count, dtype=torch.int32, device=cos.device), table
-
-
-def _plain(x: Tensor) -> bool:
-    """Whether x is tokens as they are read, and its result as it is wanted."""
-    return x.dim() == 3 and x.is_contiguous() and not x.data_ptr() & LAST
+    count, place = positions.shape[0], positions.device
+    table = torch.empty(count + 1, 2 * cos.shape[1], dtype=torch.float32, device=place)
+    left, right = table[:count].chunk(2, 1)
+    if cos.dtype == torch.float32:
+        torch.index_select(cos, 0, positions, out=left)
+        torch.index_select(sin, 0, positions, out=right)
+    else:
+        left.copy_(cos.index_select(0, positions))
+        right.copy_(sin.index_select(0, positions))
+    return torch.arange(count, dtype=torch.int32, device=place), table
 
 
 def _tokens(x: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ from torch import Tensor
 import hal
 from hal_nvidia._flashinfer_reads import LAST, aligned
 from hal_ops.kv_cache import KvCacheWriteRequest
-from hal_ops.kv_layout import by_token
 from hal_ops.skipping import repeating
 
 __all__ = ["kv_cache_write"]
@@ -34,6 +33,7 @@ def kv_cache_write(request: KvCacheWriteRequest, device: hal.Device) -> Callable
     """
     function, layout = importlib.import_module("flashinfer.page").append_paged_kv_cache, request.kv_layout
     seen: tuple[int, ...] = ()
+    first = (0, 0) if layout == "NHD" else (0, slice(None), 0)
 
     def call(
         k: Tensor,
@@ -46,30 +46,22 @@ def kv_cache_write(request: KvCacheWriteRequest, device: hal.Device) -> Callable
         v_scale: Tensor | None = None,
     ) -> None:
         nonlocal seen
-        if (strides := k_cache.stride()) != seen or strides != v_cache.stride() or _misplaced(k_cache, v_cache):
+        strides, places = k_cache.stride(), k_cache.data_ptr() | v_cache.data_ptr()
+        if strides != seen or strides != v_cache.stride() or places & LAST:
             _check(k_cache, v_cache)
             seen = strides
-        count, pages, place = slot_mapping.shape[0], k_cache.shape[0], k.device
+        count, place = slot_mapping.shape[0], k.device
         if not count:
             return
         source, some = repeating(slot_mapping)
-        tokens = (
-            torch.where(some, x.index_select(0, source), by_token(cache, layout)[0, 0])
-            for x, cache in ((k, k_cache), (v, v_cache))
-        )
+        keys = torch.where(some, k.index_select(0, source), k_cache[first])
+        values = torch.where(some, v.index_select(0, source), v_cache[first])
         slots = slot_mapping.index_select(0, source).clamp_min_(0).int()
         zeros = torch.zeros(max(count, 2), dtype=torch.int32, device=place)
-        numbers = torch.arange(pages, dtype=torch.int32, device=place)
-        function(
-            *tokens, zeros[:count], slots, (k_cache, v_cache), kv_indices=numbers, kv_indptr=zeros[:2],
-            kv_last_page_len=zeros[:1], kv_layout=layout,
-        )  # fmt: skip
+        pages = torch.arange(k_cache.shape[0], dtype=torch.int32, device=place)
+        function(keys, values, zeros[:count], slots, (k_cache, v_cache), pages, zeros[:2], zeros[:1], layout)
 
     return call
-
-
-def _misplaced(k_cache: Tensor, v_cache: Tensor) -> bool:
-    return bool((k_cache.data_ptr() | v_cache.data_ptr()) & LAST)
 
 
 def _check(k_cache: Tensor, v_cache: Tensor) -> None:
