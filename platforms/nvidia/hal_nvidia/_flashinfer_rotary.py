@@ -51,16 +51,18 @@ def _by_token(cos: Tensor, sin: Tensor, positions: Tensor) -> tuple[Tensor, Tens
     """The tokens' numbers, and a table with a row for each, float32 ``[tokens + 1, rotary_dim]``."""
     if positions.dim() != 1:
         positions = positions.view(-1)
-    count, place = positions.shape[0], positions.device
-    table = torch.empty(count + 1, 2 * cos.shape[1], dtype=torch.float32, device=place)
-    left, right = table[:count].chunk(2, 1)
+    count, half = positions.shape[0], cos.shape[1]
+    table = torch.empty(count + 1, 2 * half, dtype=torch.float32, device=cos.device)
+    # Of all ways to a view as_strided costs least.
+    size, strides = (count, half), (2 * half, 1)
+    left, right = table.as_strided(size, strides), table.as_strided(size, strides, half)
     if cos.dtype == torch.float32:
         torch.index_select(cos, 0, positions, out=left)
         torch.index_select(sin, 0, positions, out=right)
     else:
         left.copy_(cos.index_select(0, positions))
         right.copy_(sin.index_select(0, positions))
-    return torch.arange(count, dtype=torch.int32, device=place), table
+    return torch.arange(count, dtype=torch.int32, device=cos.device), table
 
 
 def _tokens(x: Tensor) -> Tensor:

@@ -40,9 +40,9 @@ def merge_attention_states(request: MergeStatesRequest, device: hal.Device) -> C
             merged, lse = call(*(x.reshape(s) for x, s in zip((out_a, lse_a, out_b, lse_b), 2 * sizes, strict=True)))
             return merged.view(out_a.shape), lse.view(lse_a.shape)
         logs = torch.stack((lse_a, lse_b))
-        none = (logs == -torch.inf).unsqueeze(-1)
-        logs.mul_(_LOG2_E).clamp_min_(_NO_KEYS)
-        merged, total = function(_cleared(out_a, none[0]), logs[0], _cleared(out_b, none[1]), logs[1])
+        none_a, none_b = (logs == -torch.inf).unsqueeze(-1).unbind()
+        log_a, log_b = logs.mul_(_LOG2_E).clamp_min_(_NO_KEYS).unbind()
+        merged, total = function(_cleared(out_a, none_a), log_a, _cleared(out_b, none_b), log_b)
         return merged, torch.threshold_(total.mul_(1 / _LOG2_E), _NO_KEYS / 2, -torch.inf)
 
     return call

@@ -33,7 +33,7 @@ def kv_cache_write(request: KvCacheWriteRequest, device: hal.Device) -> Callable
     """
     function, layout = importlib.import_module("flashinfer.page").append_paged_kv_cache, request.kv_layout
     seen: tuple[int, ...] = ()
-    first = (0, 0) if layout == "NHD" else (0, slice(None), 0)
+    size, heads = (request.num_kv_heads, request.head_dim), 2 if layout == "NHD" else 1
 
     def call(
         k: Tensor,
@@ -50,16 +50,18 @@ def kv_cache_write(request: KvCacheWriteRequest, device: hal.Device) -> Callable
         if strides != seen or strides != v_cache.stride() or places & LAST:
             _check(k_cache, v_cache)
             seen = strides
-        count, place = slot_mapping.shape[0], k.device
+        count = slot_mapping.shape[0]
         if not count:
             return
         source, some = repeating(slot_mapping)
-        keys = torch.where(some, k.index_select(0, source), k_cache[first])
-        values = torch.where(some, v.index_select(0, source), v_cache[first])
+        slot = strides[heads], 1  # the first one's, as a view: of all ways to one as_strided costs least
+        keys = torch.where(some, k.index_select(0, source), k_cache.as_strided(size, slot))
+        values = torch.where(some, v.index_select(0, source), v_cache.as_strided(size, slot))
         slots = slot_mapping.index_select(0, source).clamp_min_(0).int()
-        zeros = torch.zeros(max(count, 2), dtype=torch.int32, device=place)
-        pages = torch.arange(k_cache.shape[0], dtype=torch.int32, device=place)
-        function(keys, values, zeros[:count], slots, (k_cache, v_cache), pages, zeros[:2], zeros[:1], layout)
+        zeros = slots.new_zeros(max(count, 2))
+        requests = zeros if count > 1 else zeros[:1]
+        pages = torch.arange(k_cache.shape[0], dtype=torch.int32, device=k.device)
+        function(keys, values, requests, slots, (k_cache, v_cache), pages, zeros[:2], zeros[:1], layout)
 
     return call
 
