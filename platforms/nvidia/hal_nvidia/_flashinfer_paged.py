@@ -82,7 +82,9 @@ class Paged:
             return self._padded(q, k_cache, v_cache, step, payload, sinks, k_scale, v_scale, return_lse)
         if self._narrow and not q.is_contiguous():
             payload.check_reach(q)
-        if k_scale is v_scale is None and not (return_lse or self._sinks):
+        if k_scale is v_scale is None and not return_lse:
+            if self._sinks:
+                return payload.run(q, (k_cache, v_cache), sinks, self._scale)
             return payload.run(q, (k_cache, v_cache))
         if k_scale is not None:
             q = _times(q, k_scale, torch.empty_like(q))

@@ -110,16 +110,18 @@ class _Xqa(Paged):
         self, q: Tensor, caches: Caches, step: Step, memory: Memory, sinks: Tensor | None, scale: float | Tensor,
         v_scale: Tensor | None, return_lse: bool,
     ) -> Any:  # fmt: skip
-        rows = min(q.shape[0], step.batch)
+        rows, table, lens, whole_out, out = step.batch, step.block_table, step.kv_lens, None, None
         refuse_wide(rows, "xqa")
-        whole = rows == step.batch
-        q, whole_out, out = self._first(q, rows)
+        if q.shape[0] != rows:
+            rows = min(q.shape[0], rows)
+            table, lens = table[:rows], lens[:rows]
+            q, whole_out, out = self._first(q, rows)
         found = self._function(
             q,
             caches,
             memory.buffer,
-            step.block_table if whole else step.block_table[:rows],
-            step.kv_lens if whole else step.kv_lens[:rows],
+            table,
+            lens,
             max_seq_len=step.max_kv_len,
             bmm1_scale=scale,
             bmm2_scale=1.0 if v_scale is None else v_scale,
