@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from hal._eligibility import Circumstances, why_not
@@ -97,12 +98,13 @@ def _smallest_change(
 ) -> tuple[tuple[tuple[str, Any], ...], tuple[str, ...]] | None:
     request, around = selection.request, selection.around
     rules, free = request.rules(), selection.asked.open_fields()
-    install = tuple(dict.fromkeys(_renewal(r, around) for r in reasons if _is_renewed(r)))
     if any(r.code in _SETTING or (r.field not in rules and not _is_renewed(r)) for r in reasons):
         return None
-    changed = _fitted(kernel, request, around)
+    changed = _permitted(kernel, request, around, free) or _fitted(kernel, request, around)
     if changed is None:
         return None
+    left = why_not(kernel, changed, around)
+    install = tuple(dict.fromkeys(_renewal(r, around) for r in left if _is_renewed(r)))
     if any(changed.turns_on(f) and not request.turns_on(f) for f in rules):
         return None
     moved = (f for f in rules if f not in free and getattr(changed, f) != getattr(request, f))
@@ -111,7 +113,25 @@ def _smallest_change(
         for f in moved
         if rules[f].required or not changed.is_neutral(f) or not request.is_neutral(f)
     )
+    changes += tuple((f, True) for f in _permissions(request) if getattr(changed, f))
     return (changes, install) if changes or install else None
+
+
+def _permissions(request: Request) -> list[str]:
+    """Fields that permit something, and ask for nothing, as far as they are not set."""
+    members = {f.name for f in dataclasses.fields(request)}
+    return [name for name in request.derived if name in members and getattr(request, name) is False]
+
+
+def _permitted(kernel: Kernel, request: Request, around: Circumstances, free: Iterable[str]) -> Request | None:
+    """The request with a permission, where the kernel is refused for want of that, and of nothing else that was asked."""
+    asked = [f for f in request.rules() if f not in free]
+    if any(r.field in asked for r in why_not(kernel, request, around)):
+        for name in _permissions(request):
+            fitted = _fitted(kernel, request.replace(**{name: True}), around)
+            if fitted is not None and all(getattr(fitted, f) == getattr(request, f) for f in asked):
+                return fitted
+    return None
 
 
 def _is_renewed(reason: Reason) -> bool:

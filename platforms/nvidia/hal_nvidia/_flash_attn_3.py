@@ -222,7 +222,7 @@ class _Paged:
         if self._heads_first:
             k_cache, v_cache = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
         if self._quantize is not None:
-            q, scale = self._quantize(q)
+            q, scale = self._quantize(q, step)
             more.update(_descales((step.batch, self._kv_heads), scale, k_scale, v_scale))
         found = payload.attend(q, k_cache, v_cache, return_softmax_lse=return_lse, **more)
         return (found[0], found[1].transpose(0, 1)) if return_lse else found

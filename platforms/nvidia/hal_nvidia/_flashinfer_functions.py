@@ -75,7 +75,7 @@ class Paged:
         q = q.contiguous()  # they read q by its shape alone; declared in Kernel.copies
         scale = self._scale if k_scale is None else k_scale * self._scale
         if self._quantize is not None:
-            q, q_scale = self._quantize(q)
+            q, q_scale = self._quantize(q, step)
             scale = q_scale * scale
         found = self._attend(q, (k_cache, v_cache), step, payload, sinks, scale, v_scale, return_lse)
         return (found[0], found[1].mul_(_LN_2)) if return_lse else found

@@ -85,7 +85,7 @@ class _Decode:
         scale: float | Tensor = self._scale if kv_scale is None else kv_scale * self._scale
         q = q.contiguous()  # declared in Kernel.copies
         if self._quantize is not None:
-            q, q_scale = self._quantize(q)
+            q, q_scale = self._quantize(q, step)
             scale = q_scale * scale
         found = self._function(
             q.view(rows, payload.queries, *q.shape[1:]),

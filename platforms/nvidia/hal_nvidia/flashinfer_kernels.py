@@ -17,7 +17,8 @@ Read from flashinfer-python 0.5.3, 0.6.4, 0.6.7, 0.6.13, 0.6.15.post1, 0.6.18.po
 * FP8: fa2 reads an FP8 cache under 16-bit queries, converting in software before sm_89; its loads say that they do not
   work for head dim 64 (``attention/prefill.cuh``), and 128 is what ran here. fa3 asks for FP8 queries too: not adapted.
 * masked logits are -5e4 before 0.7.2 (``include/flashinfer/math.cuh``), multiplied by the scale afterwards: a scale so
-  small that masked keys would gain weight is not declared.
+  small that masked keys would gain weight is not declared. The largest score of a row begins there too, so that fa2 gives
+  0 for rows of which every q.k is below -5e4 (flashinfer#4267, #4450): :data:`_FINITE` says so, as no request can.
 
 Bands. Extend and decode need no copy and no synchronisation, take any page size, and decode is the fastest that has
 been measured on Hopper (9.5 us against 16.2 us of flash-attn 3 for one row of 1k keys on an H200, TileOPs#2084; 35 us
@@ -166,10 +167,11 @@ def _kernel(
 
 _FP8 = ("float8_e4m3fn", "float8_e5m2")
 _WAITS = "ragged calls without a plan wait for the device"
+_FINITE = "before flashinfer 0.7.2 rows of which every q.k is below -5e4 become 0"
 _OF_FA3 = "fa3 on sm_90"
 
 KERNELS = (
-    _kernel("flashinfer_fa2.prefill", _ragged(), Band.PERFORMANT + 5, _FA2_ARCHS, _WAITS, _FA2_PREFILL_COPIES),
+    _kernel("flashinfer_fa2.prefill", _ragged(), Band.PERFORMANT + 5, _FA2_ARCHS, f"{_WAITS}; {_FINITE}", _FA2_PREFILL_COPIES),
     _kernel(
         "flashinfer_fa3.prefill",
         _ragged(),
@@ -183,7 +185,7 @@ KERNELS = (
         _paged(*_FP8),
         Band.PERFORMANT + 30,
         _FA2_ARCHS,
-        "",
+        _FINITE,
         _PADDED,
         copies_with=_FP8_COPIES,
     ),
@@ -193,10 +195,10 @@ KERNELS = (
         _paged(*_FP8),
         Band.SPECIALIZED + 40,
         _FA2_ARCHS,
-        "",
+        _FINITE,
         _PADDED,
         copies_with=_FP8_COPIES,
     ),
-    _kernel("flashinfer_sink.extend", _sinks(), Band.PERFORMANT + 60, _FA2_ARCHS, _OF_FA3, _PADDED),
-    _kernel("flashinfer_sink.decode", _sinks(), Band.PERFORMANT + 60, _FA2_ARCHS, "", _PADDED),
+    _kernel("flashinfer_sink.extend", _sinks(), Band.PERFORMANT + 60, _FA2_ARCHS, f"{_OF_FA3}; else {_FINITE}", _PADDED),
+    _kernel("flashinfer_sink.decode", _sinks(), Band.PERFORMANT + 60, _FA2_ARCHS, _FINITE, _PADDED),
 )

@@ -70,7 +70,8 @@ def _fp8(request: Request, device: Device, versions: str) -> list[Reason]:
     version = hal.installed("flashinfer-python")
     if version is not None and version.satisfies(versions) is False:
         text = f"a cache of FP8 latents needs flashinfer-python {versions}; {version} is installed"
-        found.append(Reason("version_too_old", text, "library", str(version), versions))
+        remedy = f"`pip install 'flashinfer-python{versions}'`"
+        found.append(Reason("version_too_old", text, "library", str(version), versions, remedy))
     return found
 
 

@@ -122,7 +122,8 @@ def _trtllm(request: Request, device: Device) -> Sequence[Reason]:
     if not request.fp8_query and version is not None and version.satisfies(_BF16_OVER_FP8) is False:
         needs = f"flashinfer-python {_BF16_OVER_FP8}, or fp8_query"
         text = f"bfloat16 queries over an FP8 cache need {needs}; {version} is installed"
-        found.append(Reason("version_too_old", text, "library", str(version), _BF16_OVER_FP8))
+        remedy = f"`pip install 'flashinfer-python{_BF16_OVER_FP8}'`"
+        found.append(Reason("version_too_old", text, "library", str(version), _BF16_OVER_FP8, remedy))
     return found
 
 
