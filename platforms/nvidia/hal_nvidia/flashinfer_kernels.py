@@ -171,7 +171,14 @@ _FINITE = "before flashinfer 0.7.2 rows of which every q.k is below -5e4 become 
 _OF_FA3 = "fa3 on sm_90"
 
 KERNELS = (
-    _kernel("flashinfer_fa2.prefill", _ragged(), Band.PERFORMANT + 5, _FA2_ARCHS, f"{_WAITS}; {_FINITE}", _FA2_PREFILL_COPIES),
+    _kernel(
+        "flashinfer_fa2.prefill",
+        _ragged(),
+        Band.PERFORMANT + 5,
+        _FA2_ARCHS,
+        f"{_WAITS}; {_FINITE}",
+        _FA2_PREFILL_COPIES,
+    ),
     _kernel(
         "flashinfer_fa3.prefill",
         _ragged(),
@@ -199,6 +206,8 @@ KERNELS = (
         _PADDED,
         copies_with=_FP8_COPIES,
     ),
-    _kernel("flashinfer_sink.extend", _sinks(), Band.PERFORMANT + 60, _FA2_ARCHS, f"{_OF_FA3}; else {_FINITE}", _PADDED),
+    _kernel(
+        "flashinfer_sink.extend", _sinks(), Band.PERFORMANT + 60, _FA2_ARCHS, f"{_OF_FA3}; else {_FINITE}", _PADDED
+    ),
     _kernel("flashinfer_sink.decode", _sinks(), Band.PERFORMANT + 60, _FA2_ARCHS, _FINITE, _PADDED),
 )

@@ -123,6 +123,33 @@ def test_a_graph_captured_with_short_rows_serves_longer_ones(name: str) -> None:
                 torch.testing.assert_close(out[: sum(lengths[0])], captured.right(name, lengths), atol=0, rtol=0)
 
 
+ROUNDED = [name for name in PAGED if "fp8_query" in KERNELS[name].fields]
+
+
+@pytest.mark.parametrize("graph", [True, False])
+@pytest.mark.parametrize("name", ROUNDED)
+def test_what_lies_past_a_step_has_no_part_in_the_scale_of_its_queries(name: str, graph: bool) -> None:
+    # requirement E12, P37, B6
+    """Where queries become FP8 with one scale a call: room for more tokens may hold anything, however large."""
+    phase = KERNELS[name].phase
+    arch = "sm_100" if name == "xqa.decode" else arch_of(name)  # it reads no FP8 cache on sm_90
+    with nvidia.running_on(arch, name.partition(".")[0]):
+        fp8 = {"kv_dtype": "float8_e4m3fn", "fp8_query": True, "phases": (phase,), "graph": graph}
+        request = AttentionRequest(**BASE, **fp8, page_size=64, kv_layout="HND", dtype="bfloat16")
+        call = hardware.build(KERNELS[name], request, arch)
+        step = make_step([1, 1], [20, 9], [[0, 1], [2, 0]], 64, CPU)
+        room = Buffers(4, 4, 2, CPU, 1 if phase == "decode" else 4)
+        fixed = room.fill(step) if graph else step
+        torch.manual_seed(0)
+        caches = [torch.randn(4, 2, 64, 64).to(torch.float8_e4m3fn) for _ in "kv"]
+        q, found = torch.randn(4, 4, 64).bfloat16(), []
+        for past in (0.0, 1e4, 1e30, torch.inf, torch.nan):
+            q[2:] = past
+            found.append(call(q, *caches, fixed, call.plan(fixed))[:2])
+        for other in found[1:]:
+            torch.testing.assert_close(other, found[0], atol=0, rtol=0)
+
+
 def test_a_step_that_a_graph_cannot_serve_changes_nothing() -> None:  # requirement P37
     with nvidia.running("fa2"):
         captured = Captured("fa2.decode", "decode")
