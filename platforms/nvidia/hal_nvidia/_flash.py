@@ -19,6 +19,7 @@ __all__ = [
     "window_of",
     "with_step",
     "without_keys",
+    "without_tail",
 ]
 
 _FAR_GRADIENTS = 1 << 31
@@ -71,6 +72,18 @@ def with_step(call: Any, step: Step) -> Any:
     cumulative, longest = step.cu_seqlens_q, step.max_q_len
     lengths = {"cu_seqlens_q": cumulative, "cu_seqlens_k": cumulative}
     return partial(call, **lengths, max_seqlen_q=max(2, longest), max_seqlen_k=longest)
+
+
+def without_tail(v: Tensor, cumulative: Tensor) -> Tensor:
+    """A copy of v ``[tokens, heads, dim]`` with zeros behind the last sequence.
+
+    flash-attention 3 and 4 read whole tiles, and multiply what lies behind a sequence by 0: NaN and infinity there reach
+    its rows (flash-attention#2374; both seen on an H200). A captured graph has room there, which may hold anything.
+    """
+    past = (torch.arange(v.shape[0], device=v.device) >= cumulative[-1])[:, None, None]
+    if v.itemsize == 1:
+        return v.view(torch.uint8).masked_fill(past, 0).view(v.dtype)
+    return v.masked_fill(past, 0.0)
 
 
 def sequences_of(numbers: Tensor, cumulative: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from flash_attn_interface import (
 from torch import Tensor
 
 import hal
-from hal_nvidia._flash import nothing, window_of
+from hal_nvidia._flash import nothing, window_of, without_tail
 from hal_nvidia._flash_attn_3_sizes import check_size, metadata_sizes
 from hal_nvidia._fp8_query import quantizer
 from hal_ops import is_fp8, torch_dtype
@@ -59,7 +59,7 @@ class _Prefill:
         self._request = request
         self._dense, self._ragged = partial(flash_attn_func, **options), partial(flash_attn_varlen_func, **options)
         self._dtype = torch_dtype(request.dtype)
-        self._bare = not (request.sinks or request.return_lse or is_fp8(request.qkv_dtype))
+        self._bare = not (request.sinks or request.return_lse or request.graph or is_fp8(request.qkv_dtype))
         """Whether a call has nothing but q, k and v."""
 
     def for_dense(self, q: Tensor, k: Tensor, v: Tensor) -> Any:
@@ -99,6 +99,8 @@ class _Prefill:
         if cu_seqlens_q is None:
             found = self._dense(q, k, v, return_attn_probs=return_lse, **more)
         else:
+            if request.graph and cu_seqlens_k is not None:
+                v = without_tail(v, cu_seqlens_k)
             found = self._ragged(
                 q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
                 max_seqlen_q=max_seqlen_q or q.shape[0], max_seqlen_k=max_seqlen_k or k.shape[0],

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import hal
-from hal_nvidia._flash import nothing
+from hal_nvidia._flash import nothing, without_tail
 from hal_ops.attention import AttentionRequest, Step, with_lengths
 
 __all__ = ["decode", "extend", "prefill"]
@@ -57,7 +57,8 @@ class _Prefill:
         self._dense = partial(cute.flash_attn_func, **settings)
         self._ragged = partial(cute.flash_attn_varlen_func, **settings)
         self._v_head_dim = request.v_head_dim
-        self._bare = not (request.sinks or request.return_lse)
+        self._graph = request.graph
+        self._bare = not (request.sinks or request.return_lse or request.graph)
         """Whether a call has nothing but q, k and v."""
 
     def for_step(self, step: Step) -> Any:
@@ -86,6 +87,8 @@ class _Prefill:
         if cu_seqlens_q is None:
             out, lse = self._dense(q, k, v, learnable_sink=sinks, return_lse=return_lse)
             return (out, _finite(lse.transpose(1, 2), sinks)) if return_lse else out
+        if self._graph and cu_seqlens_k is not None:
+            v = without_tail(v, cu_seqlens_k)
         out, lse = self._ragged(
             q,
             k,

@@ -235,7 +235,7 @@ def _kernel(phase: str, check: object, more: Mapping[str, Constraint], copies: M
 _SINKS = {"sinks": "sinks, into bfloat16"}
 _QUERIES = {**_SINKS, "kv_dtype": "q, into FP8"}
 KERNELS = (
-    _kernel("prefill", _prefill, _FRESH, _SINKS),
+    _kernel("prefill", _prefill, _FRESH, {**_SINKS, "graph": "v, with zeros behind the last sequence"}),
     _kernel("extend", _extend, _PAGED, _QUERIES),
     _kernel("decode", _decode, _PAGED, _QUERIES),
 )

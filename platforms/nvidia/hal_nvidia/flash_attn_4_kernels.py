@@ -106,6 +106,7 @@ def _kernel(
         fields=fields,
         check=check,  # type: ignore[arg-type]
         copies="q, k or v whose strides are no multiples of 16 bytes (the library copies them)",
+        copies_with={"graph": "v, with zeros behind the last sequence"} if phase == "prefill" else {},
         evidence={"sm_90": "run", "*": "emulated"} if archs == _HOPPER else {"*": "emulated"},
         note="compiles on first use",
     )

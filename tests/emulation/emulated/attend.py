@@ -11,7 +11,7 @@ from torch import Tensor
 from hal_ops.attention import AttentionRequest
 from hal_ops.attention.reference import attend as oracle
 
-__all__ = ["attend", "attend_rows", "fresh_rows", "paged_rows", "with_garbage"]
+__all__ = ["attend", "attend_rows", "fresh_rows", "leak_past", "paged_rows", "with_garbage"]
 
 
 @functools.lru_cache(maxsize=256)
@@ -65,6 +65,16 @@ def fresh_rows(
     """Each sequence's own part; tokens behind the last sequence are nobody's."""
     three = ((q, q_lens), (k, kv_lens), (v, kv_lens))
     return list(zip(*(x[: sum(lens)].split(list(lens)) for x, lens in three), strict=True))
+
+
+def leak_past(out: Tensor, v: Tensor, q_lens: Sequence[int], kv_lens: Sequence[int], tile: int = 128) -> None:
+    """``0 * NaN`` of the values that a last tile reads behind a sequence, of whomever they are."""
+    q_end = k_end = 0
+    for q_len, kv_len in zip(q_lens, kv_lens, strict=True):
+        q_end, k_end = q_end + q_len, k_end + kv_len
+        rest = v[k_end : k_end + -kv_len % tile].detach().float()
+        if q_len and kv_len and not rest.isfinite().all():
+            out[q_end - q_len : q_end] += (rest.repeat_interleave(out.shape[1] // rest.shape[1], 1) * 0).sum(0)
 
 
 def with_garbage(out: Tensor, lse: Tensor, tokens: int) -> tuple[Tensor, Tensor]:

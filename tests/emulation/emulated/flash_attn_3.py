@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emulated.attend import attend_rows, fresh_rows, paged_rows, with_garbage
+from emulated.attend import attend_rows, fresh_rows, leak_past, paged_rows, with_garbage
 from emulated.flash_attn_2 import require
 
 __all__ = ["FUNCTIONS", "WITH_SINKS", "metadata_size", "tile_of"]
@@ -123,6 +123,7 @@ def flash_attn_varlen_func(
     require(max(kv_lens) <= max_seqlen_k, "rows longer than max_seqlen_k are left uncomputed")
     rows = _scaled(fresh_rows(q, k, v, q_lens, kv_lens), (q_descale, k_descale, v_descale), q, k)
     out, lse = attend_rows(rows, q, v.shape[-1], **_settings(softmax_scale, causal, window_size, softcap, sinks))
+    leak_past(out, v, q_lens, kv_lens)
     out, lse = with_garbage(out, lse, q.shape[0])
     out = out.to(_out_dtype(q))
     return (out, lse.detach().t()) if return_attn_probs else out

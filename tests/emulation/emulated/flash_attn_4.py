@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emulated.attend import attend_rows, fresh_rows, paged_rows, with_garbage
+from emulated.attend import attend_rows, fresh_rows, leak_past, paged_rows, with_garbage
 from emulated.named import by_name
 from emulated.signatures import functions, signature, versions
 from hal_nvidia.flash_attn_4_kernels import DISTRIBUTIONS
@@ -85,6 +85,8 @@ class _Cute:
         assert max_seqlen_k is not None
         assert max(kv_lens) <= max_seqlen_k
         out, lse = self._attend(rows, q, v, softmax_scale, causal, window_size, softcap, learnable_sink)
+        if page_table is None:
+            leak_past(out, v, q_lens, kv_lens)
         out, lse = with_garbage(out, lse, q.shape[0])
         return out.to(q.dtype), lse.t() if return_lse else None
 

@@ -180,7 +180,7 @@ def test_fp8_is_declared_where_it_is_read_rightly() -> None:  # requirement B7, 
         ("flashinfer_fa3.extend", {}), ("fa4.extend", {}), ("flashinfer_fa2.extend", {"head_dim": 64}),
         ("xqa.decode", {}),
     ):  # fmt: skip
-        libraries = {**FA4, **FLASHINFER}
+        libraries = {**FA4, **(NEWEST if name == "xqa.decode" else FLASHINFER)}
         assert set(reasons(name, libraries, hopper, kv_dtype="float8_e4m3fn", page_size=16, **fields)) == {"dtype"}
     assert reasons("flashinfer_fa2.extend", FLASHINFER, hopper, kv_dtype="float8_e4m3fn", kv_scale="head") == {}
 
@@ -188,11 +188,11 @@ def test_fp8_is_declared_where_it_is_read_rightly() -> None:  # requirement B7, 
 @pytest.mark.parametrize("head_dim", [32, 64, 128, 256])
 def test_xqa_over_fp8_is_refused_on_hopper_alone(head_dim: int) -> None:  # requirement B7, D15
     fields: dict[str, Any] = {"head_dim": head_dim, "kv_dtype": "float8_e4m3fn", "fp8_query": True, "page_size": 16}
-    found = reasons("xqa.decode", FLASHINFER, "nvidia:sm_90,cuda=13.0", **fields)
+    found = reasons("xqa.decode", NEWEST, "nvidia:sm_90,cuda=13.0", **fields)
     assert set(found) == {"dtype"}
     assert "NaN in unused slots" in found["dtype"]
-    assert reasons("xqa.decode", FLASHINFER, "nvidia:sm_120,cuda=13.0", **fields) == {}
-    assert reasons("xqa.decode", FLASHINFER, "nvidia:sm_90,cuda=13.0", head_dim=head_dim, page_size=16) == {}
+    assert reasons("xqa.decode", NEWEST, "nvidia:sm_120,cuda=13.0", **fields) == {}
+    assert reasons("xqa.decode", NEWEST, "nvidia:sm_90,cuda=13.0", head_dim=head_dim, page_size=16) == {}
 
 
 def test_what_is_chosen() -> None:  # requirement B2, B13, D10
@@ -204,7 +204,7 @@ def test_what_is_chosen() -> None:  # requirement B2, B13, D10
         ("nvidia:sm_100,cuda=13.0", FA4, {"page_size": 64}, ("fa4", "fa4", "fa4")),
         ("nvidia:sm_120,cuda=13.0", NEWEST, {}, ("fmha_v2", "flashinfer_fa2", "flashinfer_fa2")),
         ("nvidia:sm_90,cuda=13.0", FLASHINFER, GPT_OSS, (None, "flashinfer_sink", "flashinfer_sink")),
-        ("nvidia:sm_90,cuda=13.0", FLASHINFER, {"head_dim": 96, "page_size": 16}, (None, None, "xqa")),
+        ("nvidia:sm_90,cuda=13.0", NEWEST, {"head_dim": 96, "page_size": 16}, (None, None, "xqa")),
     ):  # fmt: skip
         found = chosen(device, libraries, **fields)
         for phase, name in zip(("prefill", "extend", "decode"), wanted, strict=True):
