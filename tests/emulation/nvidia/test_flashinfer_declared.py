@@ -142,6 +142,21 @@ def test_an_fp8_cache_on_blackwell_takes_the_queries_that_its_version_reads() ->
         assert set(reasons(name, NEWEST, device, **cache, fp8_query=True, kv_scale="head")) == {"feature_unsupported"}
 
 
+@pytest.mark.parametrize("arch", ["sm_100", "sm_103"])
+def test_many_drafts_in_a_window_over_an_fp8_cache_are_refused(arch: str) -> None:  # requirement D13, P26
+    device = f"nvidia:{arch},cuda=13.0"
+    bad: dict[str, Any] = {
+        "kv_dtype": "float8_e4m3fn",
+        "kv_layout": "HND",
+        "page_size": 32,
+        "window": (127, 0),
+        "max_q_len": 8,
+    }
+    assert "flashinfer#3864" in reasons("trtllm_gen.decode", NEWEST, device, **bad)["check"]
+    for good in ({"max_q_len": 4}, {"fp8_query": True}, {"window": (None, None)}, {"kv_dtype": "bfloat16"}):
+        assert reasons("trtllm_gen.decode", NEWEST, device, **{**bad, **good}) == {}
+
+
 def test_layouts_and_pages_are_those_that_kernels_read() -> None:  # requirement D8, P32, B5
     device = "nvidia:sm_100,cuda=13.0"
     assert set(reasons("trtllm_gen.extend", NEWEST, device, kv_layout="NHD")) == {"layout"}
