@@ -31,8 +31,9 @@ tensors must hold for each step of the plan. Where it cannot, ``impl.refuses(ste
 none for the plan; it is asked before anything is changed, and ``""`` is no reason.
 
 q is ``[tokens, num_q_heads, head_dim]``; the caches are in ``request.kv_layout``; the last ``q_len`` tokens of a row's
-``kv_len`` are this step's, already written. With ``graph=True`` q may hold more tokens than the step, behind its own: their
-results are nobody's, and must not be read from the cache or fail. No other request sees such a q.
+``kv_len`` are this step's, already written. With ``graph=True`` q, and fresh k and v, may hold more tokens than the step,
+behind its own, and anything in them, NaN too: their results are nobody's, they have no part in others', and must not be
+read from the cache or fail. No other request sees such a q.
 
 ``out`` has ``request.dtype`` and ``v_head_dim``; ``lse`` is float32 ``[batch, q_len, num_q_heads]`` or
 ``[tokens, num_q_heads]``, the natural log of the softmax denominator (the sink included). ``sinks`` and

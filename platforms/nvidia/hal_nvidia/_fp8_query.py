@@ -16,7 +16,7 @@ __all__ = ["quantizer"]
 def quantizer(request: AttentionRequest, device: hal.Device) -> Callable[[Tensor, Step], tuple[Tensor, Tensor]]:
     """q to the cache's format with one scale a call: ``(q, step) -> (values, scale [1])``.
 
-    Tokens past the step's, where a plan of fixed size has room, may hold anything, and have no part in the scale.
+    Tokens past the step's, for which a captured graph has room, may hold anything, and have no part in the scale.
     """
     quantize = hal.get_op(
         "fp8_quantize", hidden_size=request.head_dim, dtype=request.dtype, fp8_dtype=request.kv_dtype,
@@ -24,7 +24,7 @@ def quantizer(request: AttentionRequest, device: hal.Device) -> Callable[[Tensor
     ).fn  # fmt: skip
 
     def call(q: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        if request.graph or q.shape[0] != step.num_tokens:
+        if request.graph:
             past = torch.arange(q.shape[0], device=q.device) >= step.cu_seqlens_q[-1]
             q = q.masked_fill(past[:, None, None], 0.0)
         found: tuple[Tensor, Tensor] = quantize(q)

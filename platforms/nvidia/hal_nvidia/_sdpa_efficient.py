@@ -58,7 +58,7 @@ class _Prefill:
         self._check_reach(q, k, v, q.size(1), k.size(1))
         refuse_wide(q.size(0), "sdpa_efficient")
         if self._needs_grad:
-            refuse_many(*q.shape[:3])
+            refuse_many_lses(*q.shape[:3])
         mask, wanted, scale = self._mask, self._needs_grad, self._scale
         return lambda q, k, v: forward(q, k, v, None, None, None, None, None, 0.0, mask, wanted, scale=scale)[0]
 
@@ -96,7 +96,7 @@ class _Prefill:
         alike = q_len, kv_len, q.stride(), k.stride(), v.stride()
         if alike != self._near:
             for name, x, length in (("q", q, q_len), ("k", k, kv_len), ("v", v, kv_len)):
-                refuse_far(name, x, length)
+                refuse_far_sequence(name, x, length)
             self._near = alike
 
     def _dense(self, q: Tensor, k: Tensor, v: Tensor, return_lse: bool) -> Any:
@@ -104,7 +104,7 @@ class _Prefill:
         empty = q.size(1) - k.size(1) if self._causal else 0
         q = q[:, empty:] if empty > 0 else q
         if wanted := return_lse or self._needs_grad:
-            refuse_many(*q.shape[:3])
+            refuse_many_lses(*q.shape[:3])
         found = forward(q, k, v, None, None, None, None, None, 0.0, self._mask, wanted, scale=self._scale)
         out = functional.pad(found[0], (0, 0, 0, 0, empty, 0)) if empty > 0 else found[0]
         if not return_lse:
@@ -122,7 +122,7 @@ class _Prefill:
         refuse_wide(cu_q.shape[0] - 1, library)
         if not return_lse and not self._needs_grad and self._all_written:
             return self._launch(q, k, v, cu_q, cu_k, bounds, False)[0][0]
-        refuse_many(cu_q.shape[0] - 1, bounds[0], q.shape[1])
+        refuse_many_lses(cu_q.shape[0] - 1, bounds[0], q.shape[1])
         rows, places, empty = tokens(q.shape[0], cu_q, cu_k, bounds[0])
         if self._needs_grad:
             q = q.masked_fill(empty[:, None, None], 0.0)
@@ -139,7 +139,7 @@ class _Prefill:
         return forward(q[None], k[None], v[None], None, cu_q, cu_k, *bounds, 0.0, self._mask, wanted, scale=self._scale)
 
 
-def refuse_far(name: str, x: Tensor, length: int) -> None:
+def refuse_far_sequence(name: str, x: Tensor, length: int) -> None:
     """Refuse ``[..., length, heads, dim]`` of which the kernel cannot reach a sequence.
 
     Raises:
@@ -154,7 +154,7 @@ def refuse_far(name: str, x: Tensor, length: int) -> None:
         )
 
 
-def refuse_many(sequences: int, longest: int, heads: int) -> None:
+def refuse_many_lses(sequences: int, longest: int, heads: int) -> None:
     """Refuse LSEs of which the kernel cannot reach the last.
 
     Raises:

@@ -233,7 +233,7 @@ def _kernel(phase: str, check: object, more: Mapping[str, Constraint], copies: M
 
 
 _SINKS = {"sinks": "sinks, into bfloat16"}
-_QUERIES = {**_SINKS, "kv_dtype": "q, into FP8"}
+_QUERIES = {**_SINKS, "kv_dtype": "q, into FP8; in captured graphs before that with zeros past the step"}
 KERNELS = (
     _kernel("prefill", _prefill, _FRESH, {**_SINKS, "graph": "v, with zeros behind the last sequence"}),
     _kernel("extend", _extend, _PAGED, _QUERIES),

@@ -183,7 +183,7 @@ def _kernel(
     )
 
 
-_FP8_Q = {"kv_dtype": "q, into FP8 where fp8_query permits it"}
+_FP8_Q = {"kv_dtype": "q, into FP8 where fp8_query permits it; in captured graphs before that with zeros past the step"}
 _SINCE_13 = versions_from(">=0.6.13", "its functions give the LSE since then")
 _SINCE_72 = versions_from(">=0.7.2", _GRAPH_KEY)
 _FRONTEND = Needs("nvidia-cudnn-frontend", ">=1.31", install="`pip install 'torch-hal-nvidia[cudnn]'`")

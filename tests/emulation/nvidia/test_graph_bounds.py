@@ -126,20 +126,18 @@ def test_a_graph_captured_with_short_rows_serves_longer_ones(name: str) -> None:
 ROUNDED = [name for name in PAGED if "fp8_query" in KERNELS[name].fields]
 
 
-@pytest.mark.parametrize("graph", [True, False])
 @pytest.mark.parametrize("name", ROUNDED)
-def test_what_lies_past_a_step_has_no_part_in_the_scale_of_its_queries(name: str, graph: bool) -> None:
+def test_what_lies_past_a_step_has_no_part_in_the_scale_of_its_queries(name: str) -> None:
     # requirement E12, P37, B6
     """Where queries become FP8 with one scale a call: room for more tokens may hold anything, however large."""
     phase = KERNELS[name].phase
     arch = "sm_100" if name == "xqa.decode" else arch_of(name)  # it reads no FP8 cache on sm_90
     with nvidia.running_on(arch, name.partition(".")[0]):
-        fp8 = {"kv_dtype": "float8_e4m3fn", "fp8_query": True, "phases": (phase,), "graph": graph}
+        fp8 = {"kv_dtype": "float8_e4m3fn", "fp8_query": True, "phases": (phase,), "graph": True}
         request = AttentionRequest(**BASE, **fp8, page_size=64, kv_layout="HND", dtype="bfloat16")
         call = hardware.build(KERNELS[name], request, arch)
         step = make_step([1, 1], [20, 9], [[0, 1], [2, 0]], 64, CPU)
-        room = Buffers(4, 4, 2, CPU, 1 if phase == "decode" else 4)
-        fixed = room.fill(step) if graph else step
+        fixed = Buffers(4, 4, 2, CPU, 1 if phase == "decode" else 4).fill(step)
         torch.manual_seed(0)
         caches = [torch.randn(4, 2, 64, 64).to(torch.float8_e4m3fn) for _ in "kv"]
         q, found = torch.randn(4, 4, 64).bfloat16(), []
@@ -199,6 +197,23 @@ def test_a_prefill_captured_with_short_rows_serves_longer_ones(name: str, fields
             for mine, wanted in pairs:
                 assert mine.shape[0] == 48
                 torch.testing.assert_close(mine[:count], wanted, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("name", [name for name in FRESH if "qkv_dtype" in KERNELS[name].fields])
+def test_a_captured_prefill_of_fp8_has_nothing_of_what_lies_past_its_step(name: str) -> None:
+    # requirement E12, P37, D15
+    with nvidia.running_on(arch_of(name), name.partition(".")[0]):
+        call = prefill_of(name, graph=True, qkv_dtype="float8_e4m3fn", head_dim=128)
+        step = Buffers(4, 48, 3, CPU, 48).fill(made_step([7, 20]))
+        three = [torch.randn(48, heads, 128).to(torch.float8_e4m3fn) for heads in (4, 2, 2)]
+        found = []
+        for past in (0x00, 0x7E, 0x7F):  # zero, the largest number, NaN
+            for x in three:
+                x[27:].view(torch.uint8).fill_(past)
+            found.append(for_step(call, step)(*three)[:27])
+        assert not found[0].isnan().any()
+        for other in found[1:]:
+            torch.testing.assert_close(other, found[0], atol=0, rtol=0)
 
 
 def made_step(q_lens: list[int]) -> Any:
