@@ -16,6 +16,8 @@ Read from flashinfer-python 0.6.13 (0.7.2 for cuDNN) and, where a test on an H20
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -40,14 +42,16 @@ def emulations(version: str, arch: str) -> dict[str, Any]:
     masked = -math.inf if hal.Version.parse(version).satisfies(IEEE_SINCE) else -5e4
     facts = {"arch": arch, "masked": masked, "version": version}
     kept = {name.partition(":")[2] for name in functions(LIBRARY, version)}
-    found: dict[str, Any] = {f.__name__: _function(f, version) for f in FUNCTIONS if f.__name__ in kept}
+    found: dict[str, Any] = {f.__name__: _function(f, version, arch) for f in FUNCTIONS if f.__name__ in kept}
     for owner, base in CLASSES.items():
         found[owner] = _class(owner, base, version, facts)
     return found
 
 
-def _function(core: Callable[..., Any], version: str) -> Callable[..., Any]:
-    return by_name(core, signature(LIBRARY, version, core.__name__))
+def _function(core: Callable[..., Any], version: str, arch: str) -> Callable[..., Any]:
+    known = inspect.signature(core).parameters
+    here = functools.partial(core, arch=arch) if "arch" in known else core
+    return by_name(here, signature(LIBRARY, version, core.__name__))
 
 
 def _class(owner: str, base: type, version: str, facts: dict[str, Any]) -> type:

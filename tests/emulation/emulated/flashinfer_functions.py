@@ -57,8 +57,9 @@ def attention(
 
 def _by_table(
     q: Tensor, caches: tuple[Tensor, Tensor], table: Tensor, q_lens: list[int], kv_lens: Tensor, masks: Masks,
-    sinks: Tensor | None, layout: str,
+    sinks: Tensor | None, layout: str, leaks: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``leaks``: values past a row's end in its last page are multiplied by 0, and not left out."""
     if layout == "HND":
         caches = (caches[0].transpose(1, 2), caches[1].transpose(1, 2))
     assert q.is_contiguous(), "q is read by its shape"
@@ -67,7 +68,11 @@ def _by_table(
         length = int(kv_lens[row])
         pages = table[row, : -(-length // size)].long()
         k, v = (c[pages].flatten(0, 1)[:length].to(q.dtype) for c in caches)
-        pairs.append(attention(q[start : start + q_len], k, v, masks, sinks))
+        out, lse = attention(q[start : start + q_len], k, v, masks, sinks)
+        if leaks:
+            past = caches[1][pages].flatten(0, 1)[length:].float().repeat_interleave(q.shape[1] // v.shape[1], 1)
+            out = out + (past * 0).sum(0).to(out.dtype)
+        pairs.append((out, lse))
         start += q_len
     out, lse = torch.cat([out for out, _ in pairs]), torch.cat([lse for _, lse in pairs])
     return with_garbage(out, lse, q.shape[0])
@@ -83,8 +88,9 @@ def trtllm_batch_context_with_kv_cache(
     query: Tensor, kv_cache: Any, workspace_buffer: Tensor, block_tables: Tensor, seq_lens: Tensor, max_q_len: int,
     max_kv_len: int, bmm1_scale: Any, bmm2_scale: Any, batch_size: int, cum_seq_lens_q: Tensor, cum_seq_lens_kv: Tensor,
     window_left: int = -1, out_dtype: torch.dtype | None = None, kv_layout: str = "HND", sinks: Tensor | None = None,
-    causal: bool = True, return_lse: bool = False, multi_ctas_kv_counter_buffer: Any = ABSENT,
+    causal: bool = True, return_lse: bool = False, multi_ctas_kv_counter_buffer: Any = ABSENT, arch: str = "",
 ) -> Any:  # fmt: skip
+    """On sm_103 NaN of unused slots reaches the output in 16 bits (TensorRT-LLM, pull request 18925)."""
     assert query.dtype == kv_cache[0].dtype, "queries and keys of one format"
     heads = query.shape[1]
     needed = statistics(heads, batch_size, max_q_len, return_lse)
@@ -92,6 +98,7 @@ def trtllm_batch_context_with_kv_cache(
     return _trtllm(
         query, kv_cache, block_tables, seq_lens, max_q_len, max_kv_len, bmm1_scale, bmm2_scale,
         batch_size, cum_seq_lens_q, cum_seq_lens_kv, window_left, out_dtype, kv_layout, sinks, causal, return_lse,
+        leaks=arch == "sm_103" and query.itemsize == 2,
     )  # fmt: skip
 
 
@@ -99,7 +106,7 @@ def _trtllm(
     query: Tensor, kv_cache: Any, block_tables: Tensor, seq_lens: Tensor, max_q_len: int, max_kv_len: int,
     bmm1_scale: Any, bmm2_scale: Any, batch_size: int, cum_seq_lens_q: Tensor, cum_seq_lens_kv: Tensor,
     window_left: int, out_dtype: torch.dtype | None, kv_layout: str, sinks: Tensor | None, causal: bool,
-    return_lse: bool,
+    return_lse: bool, leaks: bool = False,
 ) -> Any:  # fmt: skip
     """FP8 queries give an output of their own format, unless another one is asked for."""
     out_dtype = out_dtype or query.dtype
@@ -113,7 +120,7 @@ def _trtllm(
     assert max(q_lens) <= max_q_len
     assert int(seq_lens.max()) <= max_kv_len
     out, lse = _by_table(
-        query, kv_cache, block_tables, q_lens, seq_lens, Masks(causal, window_left, 0.0, scale), sinks, kv_layout
+        query, kv_cache, block_tables, q_lens, seq_lens, Masks(causal, window_left, 0.0, scale), sinks, kv_layout, leaks
     )
     out = (out * v_scale).to(out_dtype)
     return (out, lse) if return_lse else out
@@ -176,8 +183,9 @@ def trtllm_batch_decode_with_kv_cache_mla(
 def xqa_batch_decode_with_kv_cache(
     query: Tensor, kv_cache: Any, workspace_buffer: Tensor, block_tables: Tensor, seq_lens: Tensor, max_seq_len: int,
     bmm1_scale: Any = 1.0, bmm2_scale: Any = 1.0, window_left: int = -1, sinks: Tensor | None = None,
-    kv_layout: str = "NHD", q_len_per_req: int | None = 1, out: Tensor | None = None,
+    kv_layout: str = "NHD", q_len_per_req: int | None = 1, out: Tensor | None = None, arch: str = "",
 ) -> Tensor:  # fmt: skip
+    """On sm_90 NaN of unused slots reaches the output over an FP8 cache (seen on an H200)."""
     with_semaphores(workspace_buffer)
     assert len(query) == len(block_tables) == len(seq_lens), "one query a row"
     assert q_len_per_req == 1
@@ -185,7 +193,8 @@ def xqa_batch_decode_with_kv_cache(
     assert query.shape[-1] % 16 == 0
     scale, v_scale = _scaled(query, bmm1_scale, bmm2_scale)
     masks = Masks(False, window_left, 0.0, scale)
-    found, _ = _by_table(query, kv_cache, block_tables, [1] * len(query), seq_lens, masks, sinks, kv_layout)
+    leaks = arch == "sm_90" and kv_cache[0].itemsize == 1
+    found, _ = _by_table(query, kv_cache, block_tables, [1] * len(query), seq_lens, masks, sinks, kv_layout, leaks)
     return found * v_scale if out is None else out.copy_(found * v_scale)
 
 
