@@ -45,10 +45,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked ``gpu`` run where an accelerator is, and are skipped elsewhere."""
+    """Tests marked ``gpu`` run where an accelerator is, and are skipped elsewhere.
+
+    There a warning is no error: vendors' libraries warn when they are imported or compile.
+    """
     if hasattr(config, "workerinput"):
         items[:] = long_ones_early(items)
     marked = [item for item in items if item.get_closest_marker("gpu")]
+    for item in marked:
+        item.add_marker(pytest.mark.filterwarnings("default"))
     if marked and not any(d.platform != "cpu" and not d.unusable for d in hal.devices()):
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="no usable accelerator on this machine"))

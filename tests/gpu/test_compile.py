@@ -11,10 +11,7 @@ from torch import Tensor
 
 import hal
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.filterwarnings("default"),  # inductor's own use of what is deprecated
-]
+pytestmark = pytest.mark.gpu
 
 BASE: dict[str, Any] = {"num_q_heads": 8, "num_kv_heads": 2, "head_dim": 64, "dtype": "bfloat16"}
 TABLE = [[5, 1, 4], [0, 3, 2]]

@@ -23,7 +23,7 @@ from hal_ops.attention.cases import make_case
 from hal_ops.mla_attention import MlaAttentionRequest
 from hal_ops.mla_attention.cases import make_case as make_latent_case
 
-pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
+pytestmark = pytest.mark.gpu
 
 SPAN = (1 << 32) + (1 << 28)
 """Elements from the first row of a tensor to the last."""

@@ -196,7 +196,6 @@ def _offered(library: str, phase: str, device: hal.Device) -> hal.Kernel | None:
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize(("library", "phases"), libraries())
 def test_the_tokens_are_right_with_each_library(
     library: str, phases: tuple[str, ...], monkeypatch: pytest.MonkeyPatch

@@ -18,7 +18,7 @@ from hal._plan import make_step
 from hal_ops import Request, resolve_target
 from hal_ops.attention import AttentionRequest
 
-pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
+pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(scope="module")

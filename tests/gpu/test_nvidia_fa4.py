@@ -23,7 +23,6 @@ from hal_ops.attention.cases import make_case
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(hal.installed("flash-attn-4") is None, reason="flash-attn 4 is not installed"),
-    pytest.mark.filterwarnings("default"),
 ]
 
 KERNELS = {k.name: k for k in flash_attn_4_kernels.KERNELS}

@@ -26,7 +26,6 @@ from hal_ops.attention.cases import make_case
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(installed("flashinfer-python") is None, reason="flashinfer is not installed"),
-    pytest.mark.filterwarnings("default"),
 ]
 
 KERNELS = {k.name: k for module in (flashinfer_kernels, flashinfer_trtllm_kernels) for k in module.KERNELS}

@@ -26,7 +26,6 @@ from hal._libraries import installed
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(installed("flashinfer-python") is None, reason="flashinfer is not installed"),
-    pytest.mark.filterwarnings("default"),
 ]
 
 DEVICE = "cuda"

@@ -26,7 +26,6 @@ from hal_nvidia import NvidiaPlatform, flashinfer_op_kernels
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(installed("flashinfer-python") is None, reason="flashinfer is not installed"),
-    pytest.mark.filterwarnings("default"),
 ]
 
 DEVICE = "cuda"

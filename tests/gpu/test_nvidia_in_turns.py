@@ -13,7 +13,7 @@ import hal
 from hal import testing
 from hal.testing._verify import circumstances, refusals
 
-pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default::DeprecationWarning", "default::UserWarning")]
+pytestmark = pytest.mark.gpu
 
 LIBRARIES = ("fa3", "flashinfer_fa2", "triton")
 LENGTHS = ((700, 33, 1, 260), (17, 512, 90, 5))

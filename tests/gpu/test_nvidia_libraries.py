@@ -16,7 +16,7 @@ from hal.testing._verify import circumstances, refusals
 from hal_ops.attention import AttentionRequest
 from hal_ops.attention.cases import make_case
 
-pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default::DeprecationWarning", "default::UserWarning")]
+pytestmark = pytest.mark.gpu
 
 ALL = ("prefill", "extend", "decode")
 PHASES: dict[str, tuple[str, ...]] = {

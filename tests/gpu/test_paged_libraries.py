@@ -34,7 +34,7 @@ NOT_HERE = ("library", "device", "runtime")
 
 def named(library: str) -> Any:
     """``flashinfer_fa2`` is found by ``-k flashinfer``; what needs an accelerator is marked."""
-    marks = () if library in HOST else (pytest.mark.gpu, pytest.mark.filterwarnings("default"))
+    marks = () if library in HOST else pytest.mark.gpu
     return pytest.param(library, marks=marks, id=library)
 
 
@@ -220,7 +220,6 @@ def test_the_scale_of_an_fp8_v_is_applied(library: str, scale: float) -> None:  
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("library", list(ON_DEVICE))
 def test_a_captured_decode_follows_its_plan(library: str) -> None:  # requirement E12, E3, P37, D15
     """Captured at its largest, replayed with other lengths and with fewer rows: same addresses, right values."""

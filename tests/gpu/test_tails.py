@@ -15,7 +15,7 @@ from hal._plan import Buffers, make_step
 from hal_ops import Request, resolve_target
 from hal_ops.attention import AttentionRequest
 
-pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
+pytestmark = pytest.mark.gpu
 
 ROOM = 64
 LENGTHS = ([7, 1, 20], [1, 1, 1], [33], [5, 0, 9])

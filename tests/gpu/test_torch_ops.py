@@ -11,7 +11,7 @@ from hal.testing import check, corners
 from hal_ops.rms_norm import RmsNormRequest
 from hal_ops.rms_norm.torch_norm import rms_norm
 
-pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
+pytestmark = pytest.mark.gpu
 
 KERNELS = [k for k in _plugins.registry().kernels.values() if (k.library, k.phase) == ("torch", "call")]
 
