@@ -11,6 +11,7 @@ from torch import Tensor
 
 import hal
 from hal_nvidia._flash import nothing, without_tail
+from hal_nvidia._grid import refuse_wide
 from hal_ops.attention import AttentionRequest, Step, with_lengths
 
 __all__ = ["decode", "extend", "prefill"]
@@ -85,6 +86,7 @@ class _Prefill:
         if not q.numel() or not k.numel():
             return nothing(q, self._v_head_dim, return_lse, sinks=sinks)
         if cu_seqlens_q is None:
+            refuse_wide(q.shape[0], "fa4")
             out, lse = self._dense(q, k, v, learnable_sink=sinks, return_lse=return_lse)
             return (out, _finite(lse.transpose(1, 2), sinks)) if return_lse else out
         if self._graph and cu_seqlens_k is not None:

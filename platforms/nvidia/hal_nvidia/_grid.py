@@ -2,7 +2,8 @@
 
 So do flash-attention 2 (``flash_fwd_launch_template.h``: ``dim3 grid(num_m_block, params.b, params.h)``), torch's copy of
 it, its memory-efficient attention (``kernel_forward.h``, ``getBlocksGrid``), cuDNN, and in flashinfer 0.6.13 xqa
-(``mha.cu``) and fmha_v2 (``fa_kernel.jinja``). More of them CUDA refuses to launch, with "invalid argument" (70,001 on an
+(``mha.cu``) and fmha_v2 (``fa_kernel.jinja``), and flash-attention 4 in most of its dense calls
+(``tile_scheduler.py``, ``SingleTileScheduler``). More of them CUDA refuses to launch, with "invalid argument" (70,001 on an
 H200, torch 2.11.0); nobody asks for that error after fmha_v2's launch, which leaves the output as it was.
 """
 

@@ -8,6 +8,10 @@ Its backward pass refuses one query over one key ("s_q = s_kv = 1 is not support
 weight is 1, and torch multiplies. Of sequences past 2**31 elements it gives wrong gradients of q and k, without a word
 (torch 2.11.0, cuDNN 9.19.0, on an H200: right at 0.999 of that, wrong at 1.001, in each of six shapes): it gets fewer at
 a time.
+
+On 10.x devices it gives wrong values of one query, from 9.19 on (pytorch/pytorch#193893): torch's own choice leaves it out
+there, whatever the heads are (pull request 194927, which names no version that is right). It gets a second query there,
+of zeros.
 """
 
 from __future__ import annotations
@@ -31,24 +35,28 @@ forward = torch.ops.aten._scaled_dot_product_cudnn_attention.default
 
 Pair = tuple[Tensor, "Tensor | None"]
 _FAR_GRADIENTS = 1 << 31
+_NO_SINGLE_QUERY = ("sm_100", "sm_103")
 
 
 def prefill(request: AttentionRequest, device: hal.Device) -> PrefillAttention:
     """The prefill phase."""
-    return _Prefill(request)
+    return _Prefill(request, device.arch.name in _NO_SINGLE_QUERY)
 
 
 class _Prefill:
-    def __init__(self, request: AttentionRequest) -> None:
+    def __init__(self, request: AttentionRequest, no_single_query: bool) -> None:
         self._request = request
         self._causal = request.causal
         self._scale = request.softmax_scale
         self.needs_grad = request.needs_grad
+        self.no_single_query = no_single_query
 
     def for_dense(self, q: Tensor, k: Tensor, v: Tensor) -> Any:
         """One launch on views that are made in one step each, where cuDNN's own mask is right."""
         q_len, kv_len = q.shape[1], k.shape[1]
         if not q.numel() or not k.numel() or self.needs_grad or (self._causal and 1 < q_len != kv_len):
+            return self
+        if q_len == 1 and self.no_single_query:
             return self
         refuse_wide(q.shape[0], "sdpa_cudnn")
         (b, n, h, d), (m, g), e = q.shape, k.shape[1:3], v.shape[3]
@@ -123,8 +131,11 @@ class _Prefill:
     def _batch(self, q: Tensor, k: Tensor, v: Tensor, return_lse: bool) -> Pair:
         """A dense batch, ``[batch, len, heads, dim]``, with any two lengths."""
         q_len, kv_len = q.shape[1], k.shape[1]
-        if self.needs_grad and q_len == kv_len == 1:
+        if q_len == kv_len == 1 and (self.needs_grad or self.no_single_query):
             return self._lone_key(q, k, v)
+        if q_len == 1 and self.no_single_query:
+            out, lse = self._square(functional.pad(q, (0, 0, 0, 0, 1, 0)), k, v, False, return_lse)
+            return out[:, 1:], None if lse is None else lse[:, 1:]
         if not self._causal or q_len == 1 or q_len == kv_len:
             return self._square(q, k, v, self._causal and q_len > 1, return_lse)
         if q_len < kv_len:
@@ -206,7 +217,7 @@ class _Planned:
         self._lens = lens
         self._tokens = sum(lens)
         self._rows = len(lens) if self._tokens and len(set(lens)) == 1 else 0
-        plain = self._rows and not prefill.needs_grad
+        plain = self._rows and not prefill.needs_grad and (lens[0] > 1 or not prefill.no_single_query)
         self._even = prefill.even_step(self._rows, lens[0]) if plain else None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False) -> Any:

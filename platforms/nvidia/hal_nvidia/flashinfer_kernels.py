@@ -8,7 +8,9 @@ Read from flashinfer-python 0.5.3, 0.6.4, 0.6.7, 0.6.13, 0.6.15.post1, 0.6.18.po
   its own choice it asks for that (``flashinfer/utils.py``, ``is_sm90a_supported``), where they are named it does not.
 * head dims: 64, 128, 256 (``DISPATCH_HEAD_DIM`` of ``include/flashinfer/utils.cuh``), and 192 with 128 where K and V do
   not share strides: the paged kernels of ``csrc/batch_prefill.cu`` and ``csrc/batch_decode.cu`` refuse that.
-* windows: ``window_left`` alone; there is no right bound.
+* windows: ``window_left`` alone; there is no right bound. Without a causal mask fa2 plans as if there were one: a tile of
+  queries is given ``window_left`` keys and as many as it has rows (``scheduler.cuh``, ``prefill.cuh``), and loses the
+  last ones where keys are split over blocks (flashinfer#4972, open in 0.7.4). One query alone sees no more than that.
 * softcap: template flag of ``plan``; the sink wrapper's variant (``flashinfer/jit/attention/variants.py``) has none.
 * ``run(sinks=...)`` of the plain wrappers is accepted and not used by fa2 and fa3 (``prefill.py``, ``paged_run``), so
   sinks are declared for ``BatchAttentionWithAttentionSinkWrapper`` alone. Its compiled module is named by the format of
@@ -30,16 +32,19 @@ rows of 4096 keys 140 us (3.8 TB/s), with sinks 171 us, over an FP8 cache 176 us
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import hal
 from hal import Anything, Archs, Band, Constraint, Either, Kernel, Needs, OneOf, Pairs, Range, Reason, SameAs, Windows
+from hal_ops.attention import AttentionRequest
 
 if TYPE_CHECKING:
     from hal import Device
     from hal_ops import Request
+
+    Check = Callable[[Request, Device], Sequence[Reason]]
 
 __all__ = ["FLASHINFER", "KERNELS", "toolkit", "toolkit_of_fa3", "versions_from"]
 
@@ -87,6 +92,31 @@ def toolkit_of_fa3(request: Request, device: Device) -> Sequence[Reason]:
     if device.arch.name != "sm_90":
         return toolkit(request, device)
     return _compiled_with(device, _FA3_CUDA, "sm_90 with the backend fa3")
+
+
+def _fa2(request: Request, device: Device) -> Sequence[Reason]:
+    """Of kernels that take the backend fa2 on every arch."""
+    return (*toolkit(request, device), *_loses_keys(request))
+
+
+def _fa2_decode(request: Request, device: Device) -> Sequence[Reason]:
+    """The same for decode, where a row may have one query."""
+    assert isinstance(request, AttentionRequest)
+    return _fa2(request, device) if request.max_q_len > 1 else toolkit(request, device)
+
+
+def _sink_extend(request: Request, device: Device) -> Sequence[Reason]:
+    """Of the one that takes fa3 on sm_90, and fa2 elsewhere."""
+    return toolkit_of_fa3(request, device) if device.arch.name == "sm_90" else _fa2(request, device)
+
+
+def _loses_keys(request: Request) -> Sequence[Reason]:
+    """Why fa2 cannot have a window to the left and keys to the right."""
+    assert isinstance(request, AttentionRequest)
+    if request.causal or request.window[0] is None:
+        return ()
+    text = "causal=False with a window: fa2 loses its last keys where they are split over blocks (flashinfer#4972)"
+    return (Reason("feature_unsupported", text, "causal", "False", "True"),)
 
 
 def _compiled_with(device: Device, wanted: str, what: str) -> Sequence[Reason]:
@@ -140,13 +170,12 @@ def _kernel(
     fields: Mapping[str, Constraint],
     priority: int,
     archs: tuple[str, ...],
+    check: Check,
     note: str,
     copies: str,
     copies_with: Mapping[str, str] = MappingProxyType({}),
 ) -> Kernel:
     library, _, phase = name.partition(".")
-    # The sink wrapper's decode has the backend fa2 everywhere.
-    is_fa3 = library == "flashinfer_fa3" or name == "flashinfer_sink.extend"
     return Kernel(
         name=name,
         op="attention",
@@ -157,7 +186,7 @@ def _kernel(
         needs=(Needs("torch", ">=2.6"), FLASHINFER),
         capabilities=frozenset({"bf16"}),
         fields=fields,
-        check=toolkit_of_fa3 if is_fa3 else toolkit,
+        check=check,
         copies=copies,
         copies_with=copies_with,
         evidence={"sm_90": "run", "*": "emulated"},
@@ -176,6 +205,7 @@ KERNELS = (
         _ragged(),
         Band.PERFORMANT + 5,
         _FA2_ARCHS,
+        _fa2,
         f"{_WAITS}; {_FINITE}",
         _FA2_PREFILL_COPIES,
     ),
@@ -184,6 +214,7 @@ KERNELS = (
         _ragged(),
         Band.PERFORMANT + 60,
         ("sm_90",),
+        toolkit_of_fa3,
         _WAITS,
         _PREFILL_COPIES,
     ),
@@ -192,22 +223,30 @@ KERNELS = (
         _paged(*_FP8),
         Band.PERFORMANT + 30,
         _FA2_ARCHS,
+        _fa2,
         _FINITE,
         _PADDED,
         copies_with=_FP8_COPIES,
     ),
-    _kernel("flashinfer_fa3.extend", _paged(), Band.SPECIALIZED + 10, ("sm_90",), "", _PADDED),
+    _kernel("flashinfer_fa3.extend", _paged(), Band.SPECIALIZED + 10, ("sm_90",), toolkit_of_fa3, "", _PADDED),
     _kernel(
         "flashinfer_fa2.decode",
         _paged(*_FP8),
         Band.SPECIALIZED + 40,
         _FA2_ARCHS,
+        _fa2_decode,
         _FINITE,
         _PADDED,
         copies_with=_FP8_COPIES,
     ),
     _kernel(
-        "flashinfer_sink.extend", _sinks(), Band.PERFORMANT + 60, _FA2_ARCHS, f"{_OF_FA3}; else {_FINITE}", _PADDED
+        "flashinfer_sink.extend",
+        _sinks(),
+        Band.PERFORMANT + 60,
+        _FA2_ARCHS,
+        _sink_extend,
+        f"{_OF_FA3}; else {_FINITE}",
+        _PADDED,
     ),
-    _kernel("flashinfer_sink.decode", _sinks(), Band.PERFORMANT + 60, _FA2_ARCHS, _FINITE, _PADDED),
+    _kernel("flashinfer_sink.decode", _sinks(), Band.PERFORMANT + 60, _FA2_ARCHS, _fa2_decode, _FINITE, _PADDED),
 )

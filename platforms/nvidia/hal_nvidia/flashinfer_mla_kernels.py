@@ -1,6 +1,6 @@
 """What is declared about flashinfer's wrapper for latent attention, beside :mod:`hal_nvidia.flashinfer_kernels`.
 
-Read from flashinfer-python 0.5.3 to 0.6.18.post1 (``flashinfer/mla*``, ``include/flashinfer/attention/mla*.cuh``):
+Read from flashinfer-python 0.6.13 to 0.6.18.post1 (``flashinfer/mla*``, ``include/flashinfer/attention/mla*.cuh``):
 
 * archs: fa2 wants 92672 bytes of shared memory a multiprocessor, and has tiles for that, for 147968 and for 221696
   (``DISPATCH_SMEM_CONFIG``); fa3 is built for sm_90a alone, for CUDA 12.3 and newer.
@@ -11,6 +11,8 @@ Read from flashinfer-python 0.5.3 to 0.6.18.post1 (``flashinfer/mla*``, ``includ
 * the LSE is in base 2. The scale is explicit. Rows without keys cannot be: a step's queries are among its keys.
 * graphs are not declared: the size of the launch depends on the mean number of queries a row (``MLAPlan``,
   ``cluster_size``), and rows that a smaller step leaves empty change it.
+* before 0.6.11 pages are found in 32 bits, so that those past 2**32 elements are read from elsewhere, without a word
+  (flashinfer#3130): not declared.
 * 0.7 is not declared: 0.7.4's ``plan`` reads page ids back from the device (``_fa_common.py``, ``torch.aminmax``).
 
 Bands: as flashinfer's other decode kernels where fa3 is, and as its prefill where fa2 is. On an H200 fa3 takes 0.58 of the
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["KERNELS"]
 
 _FA2_ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121")
-_BECAUSE = "from 0.7 on planning may wait for the device"
+_BECAUSE = "before it large caches are read from elsewhere, and from 0.7 on planning may wait for the device"
 _FIELDS: dict[str, Constraint] = {
     "num_q_heads": Anything((1, 6, 16)),
     "kv_lora_rank": OneOf(512),
@@ -83,7 +85,7 @@ def _kernel(backend: str, priority: int, archs: tuple[str, ...]) -> Kernel:
         target=f"hal_nvidia._flashinfer_mla:{backend}_decode",
         priority=priority,
         platforms={"nvidia": Archs(only=archs)},
-        needs=(Needs("torch", ">=2.6"), versions_from(">=0.5.3,<0.7", _BECAUSE)),
+        needs=(Needs("torch", ">=2.6"), versions_from(">=0.6.11,<0.7", _BECAUSE)),
         capabilities=frozenset({"bf16"}),
         fields=_FIELDS,
         check=_fa3 if backend == "fa3" else _fa2,

@@ -10,7 +10,8 @@ math fallback least of all, and so that the LSE comes back.
   (``TORCH_CHECK(query.size(2) == key.size(2))``). A row without keys gets the LSE 0 there, and, if ``v_head_dim`` is
   above 128, an output that is never written (``kernel_forward.h``: outputs are stored key block by key block).
 * cuDNN: ``_scaled_dot_product_cudnn_attention``: dense, causal from the first key (``MHA.cpp``: ``set_causal_mask``).
-  torch prefers it where cuDNN is above 9.15 on 9.x and 10.x devices; wheels bring such a one since 2.11.
+  torch prefers it where cuDNN is above 9.15 on 9.x and 10.x devices, and not at all before, for what ``errata.json`` says.
+  Wheels for CUDA 12.9 and 13 bring such a one since 2.11, those for 12.6 do not.
 
 Bands: flash is flash-attention 2 without an installation: performant, below the library itself, which is newer. The
 memory-efficient kernel is older than both, and first for what they lack (float32, unequal dims). cuDNN is as fast as
@@ -160,7 +161,7 @@ KERNELS = (
     ),
     _kernel(
         "sdpa_cudnn",
-        _torch(">=2.11", "earlier wheels bring a cuDNN that torch itself ranks last"),
+        _torch(">=2.11", "earlier wheels bring a cuDNN that torch itself leaves out"),
         Archs(only=("sm_90", "sm_100", "sm_103")),
         Band.PERFORMANT,
         {
@@ -168,8 +169,8 @@ KERNELS = (
             "head_dim": Either(MultipleOf(8, high=128), OneOf(192)),
             "v_head_dim": Pairs("head_dim", *((d, d) for d in range(8, 129, 8)), (192, 128)),
         },
-        copies="q, where fewer queries than keys are causal (it is padded to as many); the output, where more are (zeros "
-        "are put before it), and of ragged batches of unequal lengths (it is put together)",
+        copies="q, where fewer queries than keys are causal (it is padded to as many), and one query on sm_10x (to two); "
+        "the output, where more are (zeros are put before it), and of ragged batches of unequal lengths (put together)",
         note="ragged batches of unequal lengths: a call a sequence, with lengths read from the device",
         evidence={"sm_90": "run", **_EMULATED},
     ),

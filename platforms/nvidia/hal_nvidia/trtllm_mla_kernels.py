@@ -7,6 +7,8 @@ Read from flashinfer-python 0.6.13 to 0.7.4 (``flashinfer/mla/_core.py``, ``trtl
   (upstream's ``tests/attention/test_trtllm_gen_mla.py`` has these two pairs), hence ``fp8_query``. The two scales may
   be float32 tensors then, which the function takes to base 2 itself; one scale of the cache is in both. The LSE of
   that pair is tested by nobody upstream (``check_lse``), and not declared.
+* heads: before 0.6.17 its tiles are of 16, 32 or 64 of them, and 24, 40 or 96 fail with some batches and lengths;
+  afterwards any number up to 64, and 128 ("must be <= 64", ``fmhaKernels.cuh``; flashinfer pull request 4178).
 * dims 512 and 64 (it has 256 and 64 too), made of keys of 128 or 64, as its documentation says; pages of 32 or 64
   tokens; the block table's width is a multiple of 128 tokens.
 * queries are ``[rows, queries, heads, 576]``, read by shape, as many for each row; more than one are causal.
@@ -22,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import hal
 from hal import Anything, Archs, Band, Constraint, Either, Kernel, Needs, OneOf, Pairs, Range, Reason, SameAs
 from hal_nvidia.flashinfer_kernels import toolkit, versions_from
 from hal_ops import is_fp8
@@ -47,6 +50,8 @@ _FIELDS: dict[str, Constraint] = {
     "return_lse": OneOf(False, True),
 }
 _NOPE_DIMS = (128, 64)
+_ANY_HEADS = ">=0.6.17"
+_WIDEST_TILE, _TWO_TILES = 64, 128
 
 
 def _check(request: Request, device: Device) -> Sequence[Reason]:
@@ -58,7 +63,18 @@ def _check(request: Request, device: Device) -> Sequence[Reason]:
     if request.qk_nope_head_dim not in _NOPE_DIMS:
         text = f"qk_nope_head_dim {request.qk_nope_head_dim}; needs 128 or 64"
         found.append(Reason("head_dim", text, "qk_nope_head_dim", str(request.qk_nope_head_dim), "128 or 64"))
-    return found
+    return [*found, *_heads(request.num_q_heads)]
+
+
+def _heads(count: int) -> Sequence[Reason]:
+    """Why its tiles do not fit so many query heads."""
+    version = hal.installed("flashinfer-python")
+    whole = count in (_TWO_TILES, *(1 << i for i in range(7)))
+    if whole or (count < _WIDEST_TILE and version is not None and version.satisfies(_ANY_HEADS)):
+        return ()
+    allowed = "1, 2, 4, 8, 16, 32, 64 or 128"
+    text = f"num_q_heads {count}; needs {allowed}, or up to 64 with flashinfer-python {_ANY_HEADS}"
+    return (Reason("feature_unsupported", text, "num_q_heads", str(count), allowed),)
 
 
 KERNELS = (

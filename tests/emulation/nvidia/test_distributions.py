@@ -85,7 +85,7 @@ def test_a_library_goes_by_the_same_distributions_everywhere(platform: str) -> N
 @pytest.mark.parametrize("version", signatures.versions("tokenspeed-fa4"))
 def test_tokenspeed_fa4_is_flash_attn_4(version: str) -> None:  # requirement P45, E7
     held = {"tokenspeed-fa4": version, "nvidia-cutlass-dsl": "4.8.0"}
-    for name, arch in (("fa4.prefill", "sm_90"), ("fa4.decode_sm100", "sm_100"), ("fa4.prefill_sm80", "sm_120")):
+    for name, arch in (("fa4.prefill", "sm_90"), ("fa4.decode_sm100", "sm_100"), ("fa4.prefill_sm100", "sm_103")):
         assert reasons(name, held, f"nvidia:{arch},cuda=13.0", page_size=64) == {}
     assert signatures.functions("tokenspeed-fa4", version) == signatures.functions("flash-attn-4", "4.0.0b27")
 

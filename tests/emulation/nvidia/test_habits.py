@@ -12,6 +12,9 @@ from emulated import flash_attn_4, hardware, nvidia, operators, torch_attention
 
 import hal
 import hal_nvidia
+from hal._attention import for_step
+from hal._plan import make_step
+from hal_nvidia import _sdpa_cudnn
 from hal_ops.attention import AttentionRequest
 from hal_ops.attention.cases import AttentionCase, make_case
 
@@ -122,6 +125,36 @@ def test_torch_s_causal_mask_is_aligned_to_the_last_key(
         request, prefill = built(f"{name}.prefill", num_kv_heads=4, return_lse=True)
         case = make_case(request, "prefill", lengths=[shape] * 2, form="dense")
         assert all(c.ok for c in case.check(prefill))
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100", "sm_103"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_cudnn_gets_no_single_query_on_blackwell(
+    causal: bool, arch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:  # requirement D13
+    """There it gives wrong values of one (pytorch#193893); torch's own choice leaves it out."""
+    queries = []
+
+    def watched(q: Any, *rest: Any, **more: Any) -> Any:
+        queries.append(q.shape[2])
+        return forward(q, *rest, **more)
+
+    with nvidia.running("sdpa_cudnn"):
+        forward = _sdpa_cudnn.forward
+        monkeypatch.setattr(_sdpa_cudnn, "forward", watched)
+        request, prefill = built("sdpa_cudnn.prefill", arch, causal=causal, return_lse=True)
+        for form, lengths in (("dense", [(1, 7)] * 2), ("dense", [(1, 1)]), ("ragged", [(1, 9), (3, 3), (1, 1)])):
+            case = make_case(request, "prefill", lengths=lengths, form=form)
+            assert all(c.ok for c in case.check(prefill))
+        plain, call = built("sdpa_cudnn.prefill", arch, causal=causal)
+        for lengths in ([(1, 1)] * 3, [(1, 1), (4, 4)]):
+            case = make_case(plain, "prefill", lengths=lengths)
+            lens = [q for q, _ in lengths]
+            step = make_step(lens, lens, torch.zeros(len(lens), 1, dtype=torch.int32), 16, torch.device("cpu"))
+            torch.testing.assert_close(for_step(call, step)(*case.args), call(*case.args, **case.kwargs))
+        dense = make_case(plain, "prefill", lengths=[(1, 7)] * 2, form="dense").args
+        torch.testing.assert_close(call.for_dense(*dense)(*dense), call(*dense))
+    assert (1 in queries) == (arch == "sm_90")
 
 
 @pytest.mark.parametrize("name", ["trtllm_gen.extend", "trtllm_gen.decode", "xqa.decode", "flashinfer_cudnn.decode"])

@@ -145,3 +145,17 @@ def test_what_it_does_not_do_is_refused(fields: dict[str, Any], field: str) -> N
         assert hal.select(request()).kernels() == {"decode": KERNEL.name}
     with hal.simulate("nvidia:sm_120,cuda=13.0", libraries=NEWEST):
         assert hal.select(request()).kernels()["decode"] != KERNEL.name
+
+
+@pytest.mark.parametrize(
+    ("version", "taken", "refused"),
+    [("0.6.13", (1, 16, 64, 128), (6, 24, 40, 96, 256)), ("0.6.17", (1, 24, 40, 64, 128), (65, 96, 127, 256))],
+)
+def test_heads_that_its_tiles_do_not_fit_are_refused(
+    version: str, taken: tuple[int, ...], refused: tuple[int, ...]
+) -> None:  # requirement D13
+    with hal.simulate("nvidia:sm_100,cuda=13.0", libraries={**NEWEST, "flashinfer-python": version}):
+        for heads in (*taken, *refused):
+            candidates = hal.select(request(num_q_heads=heads)).choices["decode"].candidates
+            reasons = next(c.reasons for c in candidates if c.kernel.name == KERNEL.name)
+            assert [r.field for r in reasons] == ["num_q_heads"] * (heads in refused), heads
