@@ -61,7 +61,7 @@ def _make(kernel: Kernel, selection: Selection, made: dict[str, Any], phase: str
         made[phase] = build(kernel, selection.op, selection.request, selection.device)
     except ImportError as error:
         return Reason("import_error", f"importing {kernel.target} failed: {classify(error)}: {error}", "library")
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         log.warning("kernel %s could not be made", kernel.name, exc_info=True)
         return Reason("plugin_failed", f"{kernel.target} failed: {type(error).__name__}: {error}", "library")
     return None

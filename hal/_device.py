@@ -9,7 +9,7 @@ from hal._arch import Arch
 from hal._version import Version
 from hal_ops import record
 
-__all__ = ["Device", "Evidence", "Probe"]
+__all__ = ["Device", "Evidence", "Probe", "checked_probe"]
 
 
 @record(frozen=True, kw_only=True)
@@ -102,3 +102,56 @@ class Probe:
 
     devices: tuple[Device, ...] = ()
     evidence: tuple[Evidence, ...] = ()
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "arch": (Arch,),
+    "index": (int,),
+    "name": (str,),
+    "memory": (int, type(None)),
+    "multiprocessors": (int, type(None)),
+    "runtime": (Version,),
+    "driver": (Version,),
+    "uuid": (str,),
+    "pci": (str,),
+    "capabilities": (frozenset,),
+    "torch_type": (str,),
+    "unusable": (str,),
+    "simulated": (bool,),
+    "properties": (tuple,),
+}
+
+
+def checked_probe(answer: Any, platform: str) -> Probe:
+    """What the probe of a platform answered, if the rest of HAL can rely on it.
+
+    Raises:
+        TypeError: saying what is no device, no evidence, or a device's field of another type.
+    """
+    if not isinstance(answer, Probe):
+        raise TypeError(f"probe() gave {answer!r}, and not a hal.Probe")
+    found = Probe(tuple(answer.devices), tuple(answer.evidence))
+    for device in found.devices:
+        if not isinstance(device, Device) or device.platform != platform:
+            raise TypeError(f"probe() gave {device!r}, which is no hal.Device of platform {platform!r}")
+        for field, kinds in _KINDS.items():
+            value = getattr(device, field)
+            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+                wanted = " or ".join(kind.__name__ for kind in kinds).replace("NoneType", "None")
+                raise TypeError(f"probe() gave a device with {field}={value!r}: give {wanted}")
+        _check_contents(device)
+    strange = next((e for e in found.evidence if not isinstance(e, Evidence)), None)
+    if strange is not None:
+        raise TypeError(f"probe() gave {strange!r} as evidence, which is no hal.Evidence")
+    return found
+
+
+def _check_contents(device: Device) -> None:
+    if not isinstance(device.arch.name, str) or device.arch.platform != device.platform:
+        raise TypeError(
+            f"probe() gave a device of {device.platform!r} with {device.arch!r}, an arch of another platform"
+        )
+    if not all(isinstance(name, str) for name in device.capabilities):
+        raise TypeError(f"probe() gave a device with capabilities={device.capabilities!r}: give a frozenset of names")
+    if not all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in device.properties):
+        raise TypeError(f"probe() gave a device with properties={device.properties!r}: give (name, value) pairs")

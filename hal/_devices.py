@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from hal import _plugins, _settings
-from hal._device import Device, Evidence, Probe
+from hal._device import Device, Evidence, Probe, checked_probe
 from hal._platform import Platform
 from hal._registry import Registry
 from hal.errors import DeviceError, VisibilityError, did_you_mean
@@ -118,10 +118,10 @@ def _probe(platform: Platform, registry: Registry) -> Probe:
 
 def _ask(platform: Platform, registry: Registry) -> Probe:
     try:
-        return _checked(platform, platform.probe(dict(os.environ)))
+        return checked_probe(platform.probe(dict(os.environ)), platform.name)
     except VisibilityError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         text = f"probe failed: {type(error).__name__}: {error}"
         settings = _settings.current()
         if platform.name in (settings["platform"], *settings["plugins"]):
@@ -129,16 +129,6 @@ def _ask(platform: Platform, registry: Registry) -> Probe:
             raise DeviceError(f"plugin {source} was asked for, and its {text}") from error
         log.warning("platform %s: %s", platform.name, text, exc_info=True)
         return Probe((), (Evidence(platform.name, text, remedy="`hal doctor` shows every probe"),))
-
-
-def _checked(platform: Platform, answer: Any) -> Probe:
-    """The answer of a probe, if the rest of HAL can rely on it."""
-    if not isinstance(answer, Probe):
-        raise TypeError(f"probe() gave {answer!r}, and not a hal.Probe")
-    for found in answer.devices:
-        if not isinstance(found, Device) or found.platform != platform.name:
-            raise TypeError(f"probe() gave {found!r}, which is no hal.Device of platform {platform.name!r}")
-    return answer
 
 
 def _default(index: int | None) -> Device:

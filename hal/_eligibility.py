@@ -246,7 +246,7 @@ def _own_check(kernel: Kernel, request: Request, around: Circumstances) -> Itera
             if not isinstance(reason, Reason):
                 raise TypeError(f"it gave {reason!r}, and not a hal.Reason")
             yield reason
-    except Exception as error:  # noqa: BLE001 - becomes the kernel's reason
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - becomes the kernel's reason
         yield Reason("plugin_failed", f"check() of {kernel.name} failed: {type(error).__name__}: {error}", "library")
 
 

@@ -98,14 +98,28 @@ def _check_contract(cls: type[Platform]) -> None:
         problems.append(f"name={cls.name!r} must be lower-case letters, digits and '_', starting with a letter")
     if not isinstance(cls.api, int):
         problems.append(f"api={cls.api!r} must be the integer plugin API it was written for ({PLUGIN_API})")
-    if isinstance(cls.visibility, str):
-        problems.append("visibility must be a tuple of variable names, not a string")
+    problems += _wrong_attributes(cls)
     problems += _unknown_members(cls) + _changed_signatures(cls)
     if problems:
         listed = "\n".join(f"  - {p}" for p in problems)
         raise PluginError(
             f"{cls.__module__}.{cls.__qualname__} breaks the Platform contract:\n{listed}", plugin=cls.name
         )
+
+
+def _wrong_attributes(cls: type[Platform]) -> list[str]:
+    problems = [
+        f"{name}={value!r} must be a text"
+        for name in ("vendor", "torch_type", "runtime_name")
+        if not isinstance(value := getattr(cls, name), str)
+    ]
+    if not isinstance(cls.rank, int) or isinstance(cls.rank, bool):
+        problems.append(f"rank={cls.rank!r} must be a whole number (accelerators 50, the CPU 0)")
+    if isinstance(cls.visibility, str):
+        problems.append("visibility must be a tuple of variable names, not a string")
+    elif not isinstance(cls.visibility, tuple) or not all(isinstance(name, str) for name in cls.visibility):
+        problems.append(f"visibility={cls.visibility!r} must be a tuple of variable names")
+    return problems
 
 
 def _unknown_members(cls: type[Platform]) -> list[str]:

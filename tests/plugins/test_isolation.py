@@ -58,6 +58,7 @@ BROKEN = {
     "libraries": {
         "members": "def libraries(self):\n    yield hal.Library('acme-lib')\n    raise RuntimeError('no more')"
     },
+    "rank": {"members": "rank = 'high'"},
     "errata": {"members": "def errata(self): return [hal.Erratum(id='A-1', kernels=('*',), summary='s')]"},
 }
 
@@ -158,6 +159,17 @@ BAD_PROBES = {
     "gives a list": "return [hal.Device(platform='acme', arch=hal.Arch('acme', 'x1'))]",
     "gives another's device": "return hal.Probe((hal.Device(platform='cpu', arch=hal.Arch('cpu', 'x1')),))",
     "gives words": "return hal.Probe(('acme:0',))",
+    "exits": "raise SystemExit(3)",
+    "gives an arch by name": "return hal.Probe((hal.Device(platform='acme', arch='x1'),))",
+    "gives another's arch": "return hal.Probe((hal.Device(platform='acme', arch=hal.Arch('cpu', 'x1')),))",
+    "gives capabilities in a list": (
+        "return hal.Probe((hal.Device(platform='acme', arch=hal.Arch('acme', 'x1'), capabilities=['bf16']),))"
+    ),
+    "gives a version in words": (
+        "return hal.Probe((hal.Device(platform='acme', arch=hal.Arch('acme', 'x1'), driver='570.1'),))"
+    ),
+    "gives evidence in words": "return hal.Probe((), ('no bus',))",
+    "gives one device alone": "return hal.Probe(hal.Device(platform='acme', arch=hal.Arch('acme', 'x1')))",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -132,6 +133,7 @@ def test_an_op_name_has_one_owner(install: Install, status: Status) -> None:
     ("check", "text"),
     [
         (lambda request, device: 1 / 0, "ZeroDivisionError"),
+        (lambda request, device: sys.exit(7), "SystemExit: 7"),
         (lambda request, device: ["no"], "TypeError: it gave 'no', and not a hal.Reason"),
         (lambda request, device: None, "TypeError"),
     ],
@@ -157,6 +159,7 @@ def test_a_broken_check_refuses_its_kernel_alone(
         (lambda request, device: lambda q, k, v: q, "no keyword 'cu_seqlens_q'"),
         (lambda request, device: None, "None is not a callable object"),
         (lambda request, device: 1 / 0, "ZeroDivisionError"),
+        (lambda request, device: sys.exit(7), "SystemExit: 7"),
     ],
 )
 def test_code_that_does_not_keep_the_contract_is_not_bound(
