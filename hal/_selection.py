@@ -7,12 +7,12 @@ as any other, and is never replaced.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hal import _devices, _plugins, _settings
+from hal._choice import Candidate, PhaseChoice
 from hal._device import Device
 from hal._eligibility import Circumstances, elsewhere, errata_for, why_not
 from hal._failures import Failures
@@ -49,50 +49,12 @@ failures = Failures()
 
 
 @record(frozen=True)
-class Candidate:
-    """One kernel in the running. ``status`` is ``"chosen"``, ``"eligible"`` or ``"refused"``."""
-
-    kernel: Kernel
-    status: str
-    reasons: tuple[Reason, ...] = ()
-    evidence: str = "claimed"
-    microseconds: float | None = None
-    notes: tuple[str, ...] = ()
-    priority: int = 0
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready facts."""
-        facts: dict[str, Any] = {"kernel": self.kernel.name, "status": self.status, "priority": int(self.priority)}
-        facts.update(evidence=self.evidence, reasons=[r.as_dict() for r in self.reasons])
-        if self.microseconds is not None:
-            facts["microseconds"] = self.microseconds
-        if self.notes:
-            facts["notes"] = list(self.notes)
-        return facts
-
-
-@record(frozen=True)
-class PhaseChoice:
-    """What came out for one phase. ``kernel`` is None where nothing is left; ``forced`` says what asked for it."""
-
-    phase: str
-    kernel: Kernel | None
-    forced: Forced | None = None
-    measured: bool = False
-    _show: Callable[[], tuple[Candidate, ...]] = dataclasses.field(
-        default_factory=lambda: tuple, repr=False, compare=False
-    )
-
-    @functools.cached_property
-    def candidates(self) -> tuple[Candidate, ...]:
-        """Every kernel of the phase with all its reasons: the chosen one, those asked for, those that could serve, the
-        rest. Kernels for other vendors' devices cannot be chosen, and are loaded and judged when somebody looks."""
-        return self._show()
-
-
-@record(frozen=True)
 class Selection:
-    """The outcome of a request: a kernel a phase, and why not each of the others."""
+    """The outcome of a request: a kernel a phase, and why not each of the others.
+
+    It can be pickled. What is read from a pickle answers all the same, without the plugins that it was decided with; only
+    ``around``, which is of the process that decided, is None, and kernels come without their code (``check``).
+    """
 
     op: Op
     request: Request
@@ -140,6 +102,11 @@ class Selection:
 
     def __str__(self) -> str:
         return self.explain()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        from hal._pickled import reduced
+
+        return reduced(self)
 
 
 def select(request: Request, *, device: Any = None, kernel: Any = None) -> Selection:

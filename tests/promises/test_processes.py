@@ -8,6 +8,7 @@ import pickle
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -96,6 +97,58 @@ def test_a_pickle_is_read_before_any_plugin_is_loaded(fresh: Fresh) -> None:
     assert equal is True
     assert device == str(selection.device)
     assert described == selection.request.describe()
+
+
+class Even(hal.MultipleOf):
+    """A kind of constraint that only this module has."""
+
+
+def test_a_selection_is_read_from_a_pickle_without_what_decided_it(
+    fresh: Fresh, fake_platform: Callable[..., Any], attention_kernel: Callable[..., hal.Kernel]
+) -> None:
+    # requirement P48
+    plugged = attention_kernel(
+        "first.prefill",
+        fields={"head_dim": Even(2)},
+        check=lambda request, device: [],
+        built_archs=lambda: None,
+        evidence=MappingProxyType({"*": "emulated"}),
+    )
+    fake_platform("fake", kernels=[plugged])
+    selection = hal.select(AttentionRequest(**REQUEST, phases=("prefill",), sinks=True), device="fake")
+    code = f"""
+        forbid_entry_points()
+        block("torch", {__name__!r})
+        import pickle
+        selection = pickle.loads({pickle.dumps(selection)!r})
+        again = pickle.loads(pickle.dumps(selection))
+        assert again == selection
+        candidates = selection.choices["prefill"].candidates
+        answer({{
+            "kernels": selection.kernels(), "complete": selection.complete, "text": str(again),
+            "facts": selection.as_dict(), "receipt": selection.receipt(),
+            "near": [near.text() for near in selection.near_misses()],
+            "candidates": [[c.kernel.name, c.status, *map(str, c.reasons)] for c in candidates],
+        }})
+    """
+    read = fresh(code)
+    assert read["kernels"] == selection.kernels()
+    assert read["complete"] is True
+    assert read["text"] == selection.explain()
+    assert read["facts"] == selection.as_dict()
+    assert read["receipt"] == selection.receipt()
+    assert read["near"] == [near.text() for near in selection.near_misses()]
+    shown = selection.choices["prefill"].candidates
+    assert read["candidates"] == [[c.kernel.name, c.status, *map(str, c.reasons)] for c in shown]
+
+
+def test_an_error_of_a_decision_can_be_pickled() -> None:
+    # requirement P48
+    with pytest.raises(hal.errors.NoKernelError) as caught:
+        hal.get_attention(**REQUEST, window=(3, 4), causal=False, softcap=1.0, kernel="torch_cpu", device="cpu")
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert str(again) == str(caught.value)
+    assert again.as_dict() == caught.value.as_dict()
 
 
 def test_a_copy_of_a_request_is_the_same_request() -> None:
