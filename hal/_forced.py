@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from hal._eligibility import Circumstances
@@ -14,7 +14,7 @@ from hal_ops import Op, record
 if TYPE_CHECKING:
     from hal._lock import Locked
 
-__all__ = ["Forced", "check_names", "forced_kernels", "wrong_names"]
+__all__ = ["Forced", "check_argument", "check_names", "forced_kernels", "wrong_names"]
 
 
 @record(frozen=True)
@@ -57,6 +57,27 @@ def _apply(
     for target in op.phases if phase == "*" else (phase,):
         if target in phases and (exact is None or exact.phase == target):
             forced[target] = choice
+
+
+def check_argument(op: Op, asked: Collection[str], kernel: Any, registry: Registry) -> None:
+    """Make sure that a call's own argument forces nothing but phases that the call asks for. Settings hold for many calls,
+    and what they say of other phases is for others.
+
+    Raises:
+        UnknownKernelError: with the phases that are asked for.
+    """
+    has = f"the request has only {' and '.join(p for p in op.phases if p in asked)}"
+    for phase, choice in _from_argument(op, kernel).items():
+        registry.check_name(choice.name, op.name, choice.source)
+        exact = registry.kernels.get(choice.name)
+        meant = exact.phase if exact is not None and phase == "*" else phase
+        if meant not in ("*", *asked):
+            what = f"{choice.name!r}, a kernel of {meant}" if phase == "*" else f"{choice.name!r} in the {meant} phase"
+            raise UnknownKernelError(
+                f"{choice.source} asks for {what}; {has}. Name a kernel or library for that, or ask for {meant} too "
+                "(phases=)",
+                name=choice.name,
+            )
 
 
 def _from_argument(op: Op, kernel: Any) -> dict[str, Forced]:

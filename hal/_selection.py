@@ -16,7 +16,7 @@ from hal._choice import Candidate, PhaseChoice
 from hal._device import Device
 from hal._eligibility import Circumstances, elsewhere, errata_for, why_not
 from hal._failures import Failures
-from hal._forced import Forced, check_names, forced_kernels
+from hal._forced import Forced, check_argument, check_names, forced_kernels
 from hal._joint import Job, decide_open_fields
 from hal._kernel import Kernel
 from hal._ledger import Ledger
@@ -116,7 +116,8 @@ def select(request: Request, *, device: Any = None, kernel: Any = None) -> Selec
     mapping. A selection that found nothing for a phase is returned too: look at ``complete``.
 
     Raises:
-        UnknownKernelError: something asks for a kernel that does not exist or serves another op.
+        UnknownKernelError: something asks for a kernel that does not exist or serves another op, or ``kernel`` for one of
+            a phase that the request does not have.
         LockError: the lock file holds a decision for this request that cannot be repeated.
     """
     return select_together([request], device=device, kernel=kernel)[0]
@@ -145,15 +146,29 @@ def _decided(requests: Sequence[Request], device: Any, kernel: Any, registry: Re
     check_names(settings, registry)
     ledger = Ledger(settings.cache_dir() / "ledger.json")
     around = Circumstances(_devices.device(device), registry, settings, ledger, failures)
+    _check_argument(requests, kernel, registry)
     jobs = [_job(request, kernel, around) for request in requests]
     values = decide_open_fields(jobs, around)
     return tuple(_outcome(job, request, values, around) for job, request in zip(jobs, requests, strict=True))
 
 
+def _check_argument(requests: Sequence[Request], kernel: Any, registry: Registry) -> None:
+    """One argument speaks to all requests together: a phase that one of them has is asked for."""
+    if kernel is None:
+        return
+    for op in {registry.op(request.op) for request in requests}:
+        asked = {phase for r in requests if registry.op(r.op) is op for phase in _phases(r, op)}
+        check_argument(op, asked, kernel, registry)
+
+
+def _phases(request: Request, op: Op) -> tuple[str, ...]:
+    wanted = getattr(request, "phases", None) or op.phases
+    return tuple(p for p in op.phases if p in wanted)
+
+
 def _job(request: Request, kernel: Any, around: Circumstances) -> Job:
     op = around.registry.op(request.op)
-    wanted = getattr(request, "phases", None) or op.phases
-    phases = tuple(p for p in op.phases if p in wanted)
+    phases = _phases(request, op)
     lock = _locked(request, around)
     resolved, notes = _resolved(request, around.device)
     resolved = resolved.replace(**lock.fields) if lock is not None and lock.fields else resolved

@@ -161,6 +161,14 @@ def test_a_misspelt_forced_kernel_is_a_usage_error(hal_cli, attention, name: str
     assert "decode" in result.stderr
 
 
+@pytest.mark.parametrize("name", ["decode=reference", "reference.decode"])
+def test_forcing_a_phase_that_is_not_asked_for_is_a_usage_error(hal_cli, attention, name: str) -> None:
+    # requirement B1, P26
+    result = hal_cli(*attention("--phases", "prefill", "--kernel", name))
+    assert result.exit_code == 2
+    assert "the request has only prefill" in result.stderr
+
+
 def test_the_argument_beats_the_variable_and_the_order_is_printed(hal_cli, hal_json, attention, monkeypatch) -> None:
     # requirement X2, P28
     monkeypatch.setenv("HAL_ATTENTION", "reference")

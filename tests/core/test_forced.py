@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import hal
-from hal._selection import PRECEDENCE, require
+from hal._selection import PRECEDENCE, require, select_together
 from hal.errors import NoKernelError, UnknownKernelError, UnknownOpError
 from hal_ops.attention import PHASES, AttentionRequest
 
@@ -149,6 +150,38 @@ def test_a_kernel_of_another_phase_is_an_error(two: None, monkeypatch: pytest.Mo
     monkeypatch.setenv("HAL_ATTENTION_PREFILL", "other.decode")
     with pytest.raises(UnknownKernelError, match="it is a kernel of decode"):
         chosen()
+
+
+@pytest.mark.parametrize(
+    ("kernel", "text"),
+    [
+        ("other.decode", "asks for 'other.decode', a kernel of decode; the request has only prefill"),
+        ({"decode": "other"}, "asks for 'other' in the decode phase; the request has only prefill"),
+        ({"prefill": "best", "decode": "other.decode"}, "asks for 'other.decode' in the decode phase"),
+    ],
+)
+def test_an_argument_about_a_phase_that_is_not_asked_for_is_refused(
+    two: None, kernel: Any, text: str
+) -> None:  # requirement B1, P26
+    with pytest.raises(UnknownKernelError, match=re.escape(text)):
+        hal.select(request(phases="prefill"), kernel=kernel)
+    with pytest.raises(UnknownKernelError, match=r"ask for decode too \(phases=\)"):
+        hal.get_attention(num_q_heads=32, num_kv_heads=8, head_dim=128, phases="prefill", kernel=kernel)
+
+
+def test_a_setting_about_a_phase_that_is_not_asked_for_is_for_other_calls(
+    two: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HAL_ATTENTION_DECODE", "other")
+    with hal.override(attention_extend="other.extend"):
+        assert hal.select(request(phases="prefill")).kernels() == {"prefill": "best.prefill"}
+
+
+def test_an_argument_speaks_to_layers_that_have_the_phase(two: None) -> None:
+    layers = [request(phases="prefill"), request()]
+    prompts, steps = select_together(layers, kernel={"decode": "other"})
+    assert prompts.kernels() == {"prefill": "best.prefill"}
+    assert steps.kernels()["decode"] == "other.decode"
 
 
 def test_nothing_replaces_a_forced_kernel_that_fails_to_import(
