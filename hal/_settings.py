@@ -128,8 +128,10 @@ _context: contextvars.ContextVar[Mapping[str, Value]] = contextvars.ContextVar("
 class Settings:
     """A snapshot of every setting, with sources. Get it from :func:`current`."""
 
-    def __init__(self, values: Mapping[str, Value]) -> None:
+    def __init__(self, values: Mapping[str, Value], log: str | None) -> None:
         self._values = values
+        self.log = log
+        """What the environment or the config file says of logging, if either does."""
 
     def value(self, key: str) -> Value:
         """The value and its source; ``key`` is a setting's key, or ``op_<name>``."""
@@ -162,7 +164,19 @@ def current() -> Settings:
     Raises:
         SettingError: an unknown variable, config key or value.
     """
-    return _settings(fingerprint())
+    found = _settings(fingerprint())
+    if found.log != _Followed.level:
+        from hal._log import follow
+
+        _Followed.level = found.log
+        follow(found.log)
+    return found
+
+
+class _Followed:
+    """The level at which HAL logs outside of blocks, as it was last seen."""
+
+    level: str | None = None
 
 
 @lru_cache(maxsize=64)
@@ -171,12 +185,9 @@ def _settings(key: tuple[Any, ...]) -> Settings:
     values = dict(_from_config(path)) if path is not None else {}
     for name, text in variables:
         values.update(_from_variable(name, text))
-    if "log" in values:
-        from hal._log import log_to_stderr
-
-        log_to_stderr(values["log"].value)
+    log = values["log"].value if "log" in values else None
     values.update(dict(context))
-    return Settings(values)
+    return Settings(values, log)
 
 
 def _from_variable(name: str, text: str) -> dict[str, Value]:
@@ -237,7 +248,7 @@ def _from_config(path: Path) -> Iterator[tuple[str, Value]]:
         import tomli as tomllib
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, OSError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise SettingError(f"config file {path} cannot be read: {error}", setting="HAL_CONFIG") from error
     for key, value in table.items():
         yield key, Value(_checked(key, value, f"config file {path}: {key}"), f"config file {path}")
@@ -262,7 +273,8 @@ def override(**settings: Any) -> Iterator[None]:
 
     Keys are the variables' names without ``HAL_``, lower case (``attention_decode``, ``op_rms_norm``, ``disable``,
     ``strict``, ...). What a choice forces is checked like any other choice. On leaving, however that happens, the
-    outer values hold again; handles made inside keep their kernels.
+    outer values hold again; handles made inside keep their kernels. ``log`` is the level of what this thread or task
+    logs in the block.
 
     Raises:
         SettingError: an unknown key or value.
@@ -270,6 +282,15 @@ def override(**settings: Any) -> Iterator[None]:
     values = {k: Value(_checked(k, v, f"hal.override({k})"), f"hal.override({k}={v!r})") for k, v in settings.items()}
     token = _context.set({**_context.get(), **values})
     try:
-        yield
+        with _logging(values.get("log")):
+            yield
     finally:
         _context.reset(token)
+
+
+def _logging(level: Value | None) -> contextlib.AbstractContextManager[None]:
+    if level is None:
+        return contextlib.nullcontext()
+    from hal._log import logging_at
+
+    return logging_at(level.value)

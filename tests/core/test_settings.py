@@ -133,6 +133,13 @@ def test_a_damaged_config_file_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_
         _settings.current()
 
 
+def test_a_config_file_in_another_encoding_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = write_config(monkeypatch, tmp_path, "")
+    path.write_bytes('attention = "größer"\n'.encode("utf-16"))
+    with pytest.raises(SettingError, match=r"hal\.toml cannot be read: 'utf-8' codec"):
+        _settings.current()
+
+
 def test_an_edited_config_file_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = write_config(monkeypatch, tmp_path, 'attention = "one"\n')
     assert _settings.current()["attention"] == "one"
