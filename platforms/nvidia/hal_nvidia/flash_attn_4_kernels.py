@@ -19,6 +19,8 @@ sm_90 have run at their corners on an H200 with b36; the others are emulated, an
 * On sm_90 head dims from 65 to 96 have tiles of 144 keys where nothing is masked (``_tile_size_fwd_sm90``). Pages are
   copied to them in waves of 32 or 64 rows, the last of which overruns the buffer (``paged_kv.py``, ``load_KV``): wrong
   values, seen on an H200 with b36 at head dim 96.
+* Its backward pass on sm_90 wants equal head dims of grouped heads (``flash_bwd_sm90.py``: "GQA backward requires
+  head_dim == head_dim_v").
 * The sink is added to sums that are relative to the largest score, so that 88 above it the LSE overflows to +inf; the
   adapter puts the sink in its place, which it is equal to then.
 * Strides that are not multiples of 16 bytes make it copy (``maybe_contiguous``).
@@ -83,6 +85,14 @@ def _new_enough(request: AttentionRequest, device: Device) -> Iterator[Reason]:
         yield Reason("version_too_old", text, "library", str(version), _TOKENSPEED, remedy)
 
 
+def _hopper_prefill(request: AttentionRequest, device: Device) -> Iterator[Reason]:
+    """Gradients on Hopper."""
+    yield from _new_enough(request, device)
+    if request.needs_grad and request.group_size > 1 and request.head_dim != request.v_head_dim:
+        text = f"needs_grad with group_size {request.group_size} and unequal head dims; needs as many kv heads as q heads"
+        yield Reason("feature_unsupported", text, "needs_grad", "True", "False")
+
+
 def _fits(request: AttentionRequest, device: Device) -> Iterator[Reason]:
     """Pages on Hopper: no tile of 144 keys."""
     yield from _new_enough(request, device)
@@ -129,6 +139,7 @@ KERNELS = (
         _HOPPER,
         Band.PERFORMANT + 45,
         _fields(*_SQUARE, (192, 128), (256, 256), more={**_SINKS, **_GRADIENTS}),
+        _hopper_prefill,
     ),
     _kernel("prefill_sm100", _BLACKWELL, Band.SPECIALIZED + 70, _PREFILL),
     _kernel("prefill_sm80", _AMPERE_CODE, Band.PERFORMANT + 8, _fields(*_SQUARE, more={})),

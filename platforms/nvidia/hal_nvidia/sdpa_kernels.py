@@ -92,6 +92,16 @@ def _efficient_check(request: Request, device: Device) -> Sequence[Reason]:
     return found
 
 
+def _cudnn_check(request: Request, device: Device) -> Sequence[Reason]:
+    """Without a mask, keys that pad a tile have the score 0 in the backward pass on 9.x: where a row's LSE is below -88 and
+    its keys are 64 more than a multiple of 128, gradients of q are NaN (cudnn-frontend#628, pytorch#196678; seen on an
+    H200 with 9.19). 9.26 mends it, and has NaN elsewhere (``errata.json``)."""
+    if device.arch.name != "sm_90" or not getattr(request, "needs_grad", False) or getattr(request, "causal", True):
+        return ()
+    text = "causal=False with needs_grad: the gradient of q can be NaN on sm_90 (pytorch#196678)"
+    return (Reason("feature_unsupported", text, "causal", "False", "True"),)
+
+
 def _kernel(
     library: str,
     needs: Needs,
@@ -169,6 +179,7 @@ KERNELS = (
             "head_dim": Either(MultipleOf(8, high=128), OneOf(192)),
             "v_head_dim": Pairs("head_dim", *((d, d) for d in range(8, 129, 8)), (192, 128)),
         },
+        check=_cudnn_check,
         copies="q, where fewer queries than keys are causal (it is padded to as many), and one query on sm_10x (to two); "
         "the output, where more are (zeros are put before it), and of ragged batches of unequal lengths (put together)",
         note="ragged batches of unequal lengths: a call a sequence, with lengths read from the device",

@@ -17,6 +17,7 @@ from hal_nvidia import _flash_attn_3_build as builds
 from hal_ops.attention import AttentionRequest
 
 FA3, TOKENSPEED, FA2 = {"flash-attn-3": "3.0.0"}, {"tokenspeed-fa3": "3.0.0.post20260810"}, {"flash-attn": "2.8.3"}
+FA4 = {"flash-attn-4": "4.0.0b36", "nvidia-cutlass-dsl": "4.8.1"}
 BASE: dict[str, Any] = {"num_q_heads": 8, "num_kv_heads": 2, "head_dim": 128}
 
 
@@ -203,6 +204,25 @@ def test_versions_of_cudnn_that_are_wrong_are_refused(
 ) -> None:  # requirement D13
     found = reasons("sdpa_cudnn.prefill", libraries, device, **fields)
     assert set(found) == ({"version_known_bad"} if refused else set())
+
+
+@pytest.mark.parametrize(
+    ("name", "libraries", "fields", "served"),
+    [
+        ("sdpa_cudnn.prefill", {}, {"causal": False}, {"needs_grad": False}),
+        ("sdpa_cudnn.prefill", {}, {"causal": False}, {"causal": True}),
+        ("sdpa_cudnn.prefill", {}, {"causal": False, "num_kv_heads": 8}, {"device": "nvidia:sm_100,cuda=13.0"}),
+        ("fa4.prefill", FA4, {"head_dim": 192, "v_head_dim": 128}, {"needs_grad": False}),
+        ("fa4.prefill", FA4, {"head_dim": 192, "v_head_dim": 128}, {"num_kv_heads": 8}),
+    ],
+)
+def test_gradients_that_a_kernel_gets_wrong_are_refused(
+    name: str, libraries: dict[str, str], fields: dict[str, Any], served: dict[str, Any]
+) -> None:  # requirement B5, D13, C7
+    """As ``tests/gpu/test_long_libraries.py`` found them on an H200: NaN from cuDNN, an assertion of flash-attention 4."""
+    fields = {**fields, "needs_grad": True}
+    assert set(reasons(name, libraries, **fields)) == {"feature_unsupported"}
+    assert reasons(name, libraries, **{**fields, **served}) == {}
 
 
 INTERFACE = "def flash_attn_varlen_func(q, k, v{more}):\n    ...\ndef flash_attn_with_kvcache(q{sinks}):\n    ...\n"

@@ -15,7 +15,6 @@ LLAMA: dict[str, Any] = {"num_q_heads": 32, "num_kv_heads": 8, "head_dim": 128}
 TRAINED: dict[str, Any] = {"needs_grad": True, "phases": "prefill"}
 RACE, TAILS, SHORT = "xqa-output-race", "trtllm-gen-v-tails-sm103", "fmha-v2-short-padded-keys"
 HEAD_80 = {"head_dim": 80, **TRAINED}
-HEAD_192 = {"head_dim": 192, "v_head_dim": 128, **TRAINED}
 
 
 def why(kernel: str, arch: str, version: str, library: str = "flashinfer-python", **fields: Any) -> list[str]:
@@ -56,7 +55,6 @@ def test_a_row_refuses_what_it_is_about(
         ("fa4.prefill_sm80", "sm_120", {}, "fa4-surplus-tiles", "4.0.0b30"),
         ("fa4.prefill", "sm_90", HEAD_80, "fa4-backward-head-80-sm90", ""),
         ("fa4.prefill_sm100", "sm_103", HEAD_80, "fa4-backward-head-80-sm100", "4.0.0b30"),
-        ("fa4.prefill", "sm_90", HEAD_192, "fa4-backward-192-grouped-sm90", "4.0.0b31"),
     ],
 )
 def test_rows_about_flash_attention_4(
@@ -69,8 +67,6 @@ def test_rows_about_flash_attention_4(
     if fields:
         plain = {name: value for name, value in fields.items() if name != "needs_grad"}
         assert why(kernel, arch, "4.0.0b29", "flash-attn-4", **plain) == []
-    if fields is HEAD_192:
-        assert why(kernel, arch, "4.0.0b29", "flash-attn-4", **{**fields, "num_kv_heads": 32}) == []
 
 
 @pytest.mark.parametrize("library", ["nvidia-cudnn-cu12", "nvidia-cudnn-cu13"])
