@@ -6,22 +6,20 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hal._eligibility import Circumstances
-from hal._ledger import identity, write_json
+from hal._ledger import identity
+from hal._lock_file import differences, key_of, read_lock, where, write_lock
 from hal.errors import LockError, RankMismatchError
 from hal_ops import AUTO, Request, record
 
 if TYPE_CHECKING:
     from hal._selection import Selection
 
-__all__ = ["assert_same_decisions", "diff_locks", "receipt", "write_lock"]
-
-FORMAT = 1
+__all__ = ["assert_same_decisions", "diff_locks", "read_lock", "receipt", "write_lock"]
 
 
 @record(frozen=True)
@@ -62,50 +60,47 @@ def _digest(data: Any) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def write_lock(path: str | os.PathLike[str], receipts: Iterable[Mapping[str, Any]]) -> None:
-    """Write a lock file of receipts, sorted; ``HAL_LOCK=path`` then repeats these decisions or fails."""
-    rows = {(r["request_digest"], r["platform"], r["arch"]): dict(r) for r in receipts}
-    write_json(Path(path), {"format": FORMAT, "decisions": [rows[key] for key in sorted(rows)]})
-
-
-def read_lock(path: Path) -> tuple[dict[str, Any], ...]:
-    """The receipts of a lock file.
-
-    Raises:
-        LockError: the file is missing or damaged.
-    """
-    try:
-        return _read(path, os.stat(path).st_mtime_ns)
-    except OSError as error:
-        raise LockError(f"lock file {path} cannot be read: {error.strerror}") from error
-
-
-@lru_cache(maxsize=8)
-def _read(path: Path, stamp: int) -> tuple[dict[str, Any], ...]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if data["format"] != FORMAT:
-            raise ValueError(f"format {data['format']}, and this hal reads {FORMAT}")
-        return tuple(data["decisions"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise LockError(f"lock file {path} is damaged: {error}") from error
-
-
 def locked(request: Request, around: Circumstances) -> Locked:
     """What ``HAL_LOCK`` holds for this request on this kind of device.
 
     Raises:
         LockError: the decision depends on a device, library or kernel that is not as it was; every difference is named.
+            Or what the file holds is not what this request needs.
     """
     path = around.settings["lock"]
     if path is None:
         return Locked()
     here = (request.digest(), around.device.platform, around.device.arch.name)
     for row in read_lock(path):
-        if (row["request_digest"], row["platform"], row["arch"]) == here:
+        if key_of(row) == here:
+            _check_whole(row, path, request, around)
             _check_unchanged(row, path, around)
             return Locked({p: k["kernel"] for p, k in row["kernels"].items()}, row["fields"])
     return Locked(notes=(f"the lock file {path} holds no decision for this request: it was made afresh",))
+
+
+def _check_whole(row: Mapping[str, Any], path: Path, request: Request, around: Circumstances) -> None:
+    """A decision says everything that the request leaves open, and nothing else."""
+    phases = getattr(request, "phases", None) or around.registry.op(request.op).phases
+    free, kernels, fields = request.open_fields(), row["kernels"], row["fields"]
+    faults = [
+        *(f"it has no kernel for {phase}" for phase in phases if phase not in kernels),
+        *(f"it has a kernel for {phase}, which the request does not have" for phase in kernels if phase not in phases),
+        *(f"it does not say {name}, which the request leaves open" for name in free if fields.get(name, AUTO) == AUTO),
+        *(f"it sets {name}, which the request does not leave open" for name in fields if name not in free),
+    ]
+    if not faults:
+        try:
+            request.replace(**fields)
+        except (TypeError, ValueError) as error:
+            faults = [str(error)]
+    if faults:
+        listed = "\n".join(f"  {fault}" for fault in faults)
+        raise LockError(
+            f"lock file {path} is damaged: of the decision for {where(row)}\n{listed}\n"
+            "write it again (`hal lock`), or unset HAL_LOCK",
+            differences=tuple(faults),
+        )
 
 
 def _check_unchanged(row: Mapping[str, Any], path: Path, around: Circumstances) -> None:
@@ -133,44 +128,15 @@ def _check_unchanged(row: Mapping[str, Any], path: Path, around: Circumstances) 
 
 def diff_locks(old: str | os.PathLike[str], new: str | os.PathLike[str]) -> list[str]:
     """What changed between two lock files, a line each; empty when nothing did."""
-    before = {(r["request_digest"], r["platform"], r["arch"]): r for r in read_lock(Path(old))}
-    after = {(r["request_digest"], r["platform"], r["arch"]): r for r in read_lock(Path(new))}
+    before = {key_of(r): r for r in read_lock(Path(old))}
+    after = {key_of(r): r for r in read_lock(Path(new))}
     lines = []
     for key in sorted({*before, *after}):
-        where = _where(before.get(key) or after[key])
+        what = where(before.get(key) or after[key])
         if key not in after or key not in before:
             lines.append(f"{where}: {'only in ' + str(old) if key in before else 'only in ' + str(new)}")
         else:
-            lines += [f"{where}: {line}" for line in _differences(before[key], after[key])]
-    return lines
-
-
-def _where(row: Mapping[str, Any]) -> str:
-    """A decision in words: the device, the op, and what was asked for beyond false, none and auto."""
-    asked = {k: v for k, v in row["request"].items() if v not in (None, False, 0.0, AUTO, [None, None])}
-    fields = " ".join(f"{k}={','.join(map(str, v)) if isinstance(v, list) else v}" for k, v in asked.items())
-    return f"{row['platform']}:{row['arch']} {row['op']} {fields}"
-
-
-def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    lines = []
-    for phase in sorted({*a["kernels"], *b["kernels"]}):
-        one, two = a["kernels"].get(phase, {}), b["kernels"].get(phase, {})
-        if one.get("kernel") != two.get("kernel"):
-            lines.append(f"{phase}: {one.get('kernel')} -> {two.get('kernel')}")
-        versions, others = one.get("versions", {}), two.get("versions", {})
-        lines += [
-            f"{phase}: {k} {versions.get(k)} -> {others.get(k)}"
-            for k in sorted({*versions, *others})
-            if versions.get(k) != others.get(k)
-        ]
-    lines += [
-        f"{f}: {a['fields'].get(f)} -> {b['fields'].get(f)}"
-        for f in sorted({*a["fields"], *b["fields"]})
-        if a["fields"].get(f) != b["fields"].get(f)
-    ]
-    if not lines and a["reasons_digest"] != b["reasons_digest"]:
-        lines.append("the same kernels, for other reasons")
+            lines += [f"{what}: {line}" for line in differences(before[key], after[key])]
     return lines
 
 
@@ -183,18 +149,46 @@ def assert_same_decisions(receipts: Iterable[Mapping[str, Any]], all_gather: Cal
     Raises:
         RankMismatchError: on every rank alike, naming the ranks and what differs from rank 0.
     """
-    mine = {r["request_digest"]: dict(r) for r in receipts}
-    ranks = all_gather(mine)
-    differences = []
-    for rank, theirs in enumerate(ranks[1:], start=1):
-        for key in sorted({*ranks[0], *theirs}):
-            if key not in theirs or key not in ranks[0]:
-                differences.append(
-                    f"rank {rank}: request {key} was decided on {'rank 0' if key in ranks[0] else f'rank {rank}'} only"
-                )
-            elif ranks[0][key]["digest"] != theirs[key]["digest"]:
-                lines = _differences(ranks[0][key], theirs[key]) or ["another device or request"]
-                differences += [f"rank {rank} against rank 0: {line}" for line in lines]
-    if differences:
-        listed = "\n".join(f"  {line}" for line in differences)
-        raise RankMismatchError(f"the ranks of this job decided differently:\n{listed}", differences=tuple(differences))
+    first, *others = map(_by_request, all_gather([dict(r) for r in receipts]))
+    found = [
+        line
+        for rank, theirs in enumerate(others, start=1)
+        for request in sorted({*first, *theirs})
+        for line in _unlike(request, first.get(request, {}), theirs.get(request, {}), rank)
+    ]
+    if found:
+        listed = "\n".join(f"  {line}" for line in found)
+        raise RankMismatchError(f"the ranks of this job decided differently:\n{listed}", differences=tuple(found))
+
+
+Receipt = Mapping[str, Any]
+
+
+def _by_request(receipts: Iterable[Receipt]) -> dict[str, dict[str, Receipt]]:
+    """Request to its decisions: one may be decided for several devices, or in several ways, if one was forced."""
+    found: dict[str, dict[str, Receipt]] = {}
+    for receipt in receipts:
+        found.setdefault(receipt["request_digest"], {})[receipt["digest"]] = receipt
+    return found
+
+
+def _unlike(request: str, first: Mapping[str, Receipt], theirs: Mapping[str, Receipt], rank: int) -> Iterator[str]:
+    """What a rank decided otherwise than rank 0, or only one of them did."""
+    if not first or not theirs:
+        yield f"rank {rank}: request {request} was decided on {'rank 0' if first else f'rank {rank}'} only"
+        return
+    mine = [r for digest, r in first.items() if digest not in theirs]
+    others = [r for digest, r in theirs.items() if digest not in first]
+    for one in mine:
+        alike = [r for r in others if key_of(r) == key_of(one)] or others
+        if alike:
+            others.remove(alike[0])
+            lines = differences(one, alike[0]) or ["another device or request"]
+            yield from (f"rank {rank} against rank 0: {line}" for line in lines)
+        else:
+            yield f"rank {rank}: only rank 0 decided {_kernels(one)} for {where(one)}"
+    yield from (f"rank {rank}: rank 0 did not decide {_kernels(r)} for {where(r)}" for r in others)
+
+
+def _kernels(receipt: Receipt) -> str:
+    return ", ".join(k["kernel"] for k in receipt["kernels"].values())

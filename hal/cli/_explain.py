@@ -25,7 +25,10 @@ _KERNEL_HELP = (
 
 kernel_option = click.option("--kernel", "kernels", metavar="NAME", multiple=True, help=_KERNEL_HELP)
 _lock_option = click.option(
-    "--lock", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path), help="Add this decision to a lock file."
+    "--lock",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Put this decision into a lock file.",
 )
 
 
@@ -82,11 +85,16 @@ def _text(selection: Any) -> str:
 
 
 def _keep(path: Path, selection: Any, *, quiet: bool) -> None:
-    from hal._lock import read_lock, write_lock
+    from hal._lock_file import differences, key_of, read_lock, write_lock
     from hal.cli._lock import with_write
 
-    kept = read_lock(path) if path.exists() else ()
-    write_lock(path, [*kept, *(decision.receipt() for decision in with_write(selection) if decision.complete)])
+    added = {key_of(r): r for r in (d.receipt() for d in with_write(selection) if d.complete)}
+    kept = {key_of(r): r for r in (read_lock(path) if path.exists() else ())}
+    write_lock(path, {**kept, **added}.values())
+    for key in added.keys() & kept.keys():
+        if added[key]["digest"] != kept[key]["digest"]:
+            changed = "; ".join(differences(kept[key], added[key])) or "another digest"
+            click.echo(f"replaced  a decision about {added[key]['op']} that was in {path}: {changed}", err=quiet)
     if not quiet:
         line(f"locked    the decision is in {path}; HAL_LOCK={path} repeats it or fails", indent=0)
 

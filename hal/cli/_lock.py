@@ -55,7 +55,8 @@ def _receipts(device: Any) -> tuple[list[dict[str, Any]], list[str]]:
                     if lacking:
                         refused.append(f"{model.name} {kind} {cache}: no kernel for {decision.op.name} {lacking}")
                     else:
-                        receipts[decision.asked.digest()] = decision.receipt()
+                        receipt = decision.receipt()
+                        receipts[receipt["digest"]] = receipt
     return list(receipts.values()), refused
 
 

@@ -273,6 +273,19 @@ def test_lock_collects_decisions(hal_cli, attention, tmp_path: Path) -> None:
     assert sorted(r["op"] for r in read_lock(file)) == ["attention", "attention", "kv_cache_write"]
 
 
+def test_a_decision_that_takes_the_place_of_another_in_a_lock_says_so(hal_cli, attention, tmp_path: Path) -> None:
+    file = tmp_path / "hal.lock"
+    first = hal_cli(*attention("--device", "cpu", "--phases", "prefill", "--lock", str(file)))
+    assert "replaced" not in first.output
+    again = hal_cli(*attention("--device", "cpu", "--phases", "prefill", "--kernel", "reference", "--lock", str(file)))
+    replaced = (
+        f"replaced  a decision about attention that was in {file}: prefill: torch_cpu.prefill -> reference.prefill"
+    )
+    assert replaced in again.stdout
+    (row,) = read_lock(file)
+    assert row["kernels"]["prefill"]["kernel"] == "reference.prefill"
+
+
 def test_nothing_is_locked_where_nothing_was_decided(hal_cli, attention, fastlib, tmp_path: Path) -> None:
     fastlib()
     file = tmp_path / "hal.lock"
