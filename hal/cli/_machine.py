@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -54,7 +55,22 @@ def machine(device: str | None, libraries: Sequence[str] = ()) -> Iterator[Any]:
             found = _devices.devices()
         except SimulationError as error:
             raise click.BadParameter(str(error), param_hint="'--device'") from error
-        yield found[0]
+        yield _one(found, text)
+
+
+def _one(found: Sequence[Any], text: str) -> Any:
+    """The device that a description is of; several that are alike are answered for by the first."""
+    if not found:
+        raise click.BadParameter(
+            f"{text!r} describes no device: write platform:arch, such as cpu:x86_64", param_hint="'--device'"
+        )
+    alike = {dataclasses.replace(device, index=0) for device in found}
+    if len(alike) > 1:
+        raise click.BadParameter(
+            f"{text!r} describes {len(found)} devices, and the answer is for one: ask about each in turn",
+            param_hint="'--device'",
+        )
+    return found[0]
 
 
 def _real(device: str | None) -> Any:
@@ -93,12 +109,17 @@ def _supposed(libraries: Sequence[str]) -> dict[str, str] | None:
     if not libraries:
         return None
     known = known_libraries(_plugins.registry())
-    found = {name: str(installed(name)) for name in _KEPT if installed(name) is not None}
+    given: dict[str, str] = {}
     for text in libraries:
         name, equals, version = (part.strip() for part in text.partition("=="))
         if not (name and equals and version):
             raise click.BadParameter(f"{text!r}: write name==version", param_hint="'--library'")
         if normalize(name) not in known:
             raise click.BadParameter(unknown_library(name, known), param_hint="'--library'")
-        found[known[normalize(name)]] = version
-    return found
+        distribution = known[normalize(name)]
+        if distribution in given:
+            text = f"{text!r}: {distribution} is given a second time, after =={given[distribution]}"
+            raise click.BadParameter(text, param_hint="'--library'")
+        given[distribution] = version
+    kept = {name: str(installed(name)) for name in _KEPT if installed(name) is not None}
+    return {**kept, **given}

@@ -96,6 +96,32 @@ def test_misspelt_names_are_usage_errors_with_the_nearest_match(hal_cli, args: l
     assert "Traceback" not in result.output
 
 
+@pytest.mark.parametrize("command", [["explain", "attention"], ["doctor"], ["lock", "x"]])
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--device", " "], "' ' describes no device: write platform:arch, such as cpu:x86_64"),
+        (["--device", ";"], "';' describes no device"),
+        (["--device", "cpu:x86_64;cpu:aarch64"], "describes 2 devices, and the answer is for one"),
+        (["--library", "torch==2.9.0", "--library", "Torch==2.8"], "torch is given a second time, after ==2.9.0"),
+    ],
+)
+def test_what_describes_no_one_machine_is_a_usage_error(
+    hal_cli, command: list[str], options: list[str], text: str, llama_options: list[str], monkeypatch, tmp_path
+) -> None:
+    # requirement X3
+    monkeypatch.chdir(tmp_path)
+    result = hal_cli(*command, *(llama_options if "explain" in command else ()), *options)
+    assert result.exit_code == 2
+    assert text in " ".join(result.stderr.split())
+    assert not (tmp_path / "x").exists()
+
+
+def test_many_alike_are_one_kind_of_machine(hal_json, llama_options: list[str]) -> None:
+    facts = hal_json("explain", "attention", *llama_options, "--device", "cpu:x86_64*8")
+    assert facts["device"]["id"] == "cpu:0"
+
+
 def test_version(hal_cli, hal_json) -> None:
     assert hal_cli("version").stdout == hal_cli("--version").stdout == f"{hal.__version__}\n"
     assert hal_json("version") == {"torch-hal": hal.__version__}
