@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hal_ops._call_inputs import gaps, mismatch, shown
+from hal_ops._call_inputs import gaps, mismatch, numbers, shown
 from hal_ops._dtypes import is_fp8, torch_dtype
 from hal_ops.kv_layout import VECTORS, page_shapes
 
@@ -65,10 +65,7 @@ class CacheInputs:
 
     def numbers(self, name: str, x: object, count: int, *dtypes: torch.dtype) -> str:
         """``count`` whole numbers in a contiguous tensor of one dim."""
-        if isinstance(x, Tensor) and x.shape == (count,) and x.dtype in dtypes and x.device == self.device:
-            return gaps(name, x)
-        formats = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        return f"{name} is {shown(x)}, and should be {formats} ({count},) on {self.device}"
+        return numbers(name, x, (count,), self.device, *dtypes)
 
     def below(self, name: str, x: Tensor, limit: int, what: str) -> str:
         """Numbers under a limit, where they are read."""

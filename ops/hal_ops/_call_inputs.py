@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["gaps", "mismatch", "rows_apart", "shown"]
+__all__ = ["gaps", "mismatch", "numbers", "rows_apart", "shown"]
 
 
 def mismatch(name: str, x: object, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> str:
@@ -18,6 +18,14 @@ def mismatch(name: str, x: object, shape: tuple[int, ...], dtype: torch.dtype, d
 def gaps(name: str, x: Tensor) -> str:
     """That numbers do not lie behind each other."""
     return "" if x.is_contiguous() else f"{name} has strides {x.stride()}: give a contiguous one"
+
+
+def numbers(name: str, x: object, shape: tuple[int, ...], device: torch.device, *dtypes: torch.dtype) -> str:
+    """How ``x`` differs from a contiguous tensor of whole numbers in this shape, in one of these formats."""
+    if isinstance(x, Tensor) and x.shape == shape and x.dtype in dtypes and x.device == device:
+        return gaps(name, x)
+    formats = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    return f"{name} is {shown(x)}, and should be {formats} {tuple(shape)} on {device}"
 
 
 def rows_apart(**tensors: Tensor) -> str:

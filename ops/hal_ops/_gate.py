@@ -10,13 +10,27 @@ from torch import Tensor
 
 from hal_ops._dtypes import torch_dtype
 from hal_ops._row_case import RowCase, draw, views
+from hal_ops._row_inputs import read, written
 from hal_ops._row_request import RowRequest
 from hal_ops._torch_rows import deliver, wide_format
-from hal_ops.rows import check_input, half_of
+from hal_ops.rows import half_of
 
-__all__ = ["gate_case", "gate_reference", "torch_gate"]
+__all__ = ["check", "gate_case", "gate_reference", "torch_gate"]
 
 Activation = Callable[[Tensor], Tensor]
+
+
+def check(request: RowRequest, device: torch.device, values: bool) -> Callable[..., str]:
+    """What is wrong with the arguments of a call; see :attr:`hal_ops.Op.check`."""
+    del values
+    hidden, dtype = request.hidden_size, torch_dtype(request.dtype)
+    of_x = read((2 * hidden,), request.dtype, device)
+
+    def problem(x: Tensor, *, out: Tensor | None = None) -> str:
+        wrong = of_x("x", x)
+        return wrong if wrong or out is None else written("out", out, (*x.shape[:-1], hidden), dtype, device)
+
+    return problem
 
 
 def gate_reference(
@@ -38,7 +52,6 @@ def torch_gate(request: RowRequest, activation: Activation) -> Callable[..., Ten
     wide = wide_format(request.dtype)
 
     def call(x: Tensor, *, out: Tensor | None = None) -> Tensor:
-        check_input("x", x, 2 * hidden, dtype)
         gate, up = activation(x[..., :hidden].to(wide)), x[..., hidden:]
         return deliver(gate * up if needs_grad else gate.mul_(up), dtype, out)
 

@@ -28,8 +28,9 @@ class Op:
     * ``aliases``: earlier names of the op, which still work and warn.
     * ``attributes`` of an implementation beside its call: ``"plan"`` for phases that need per-step metadata.
     * ``check``: a factory ``(request, device, values) -> fn``, where ``fn`` takes the call's arguments and says what is
-      wrong with them, or "". It is asked before every call of a handle of ``get_op``, whose kernel it is. With
-      ``values`` it reads numbers on accelerators too.
+      wrong with them, or "". It is asked before every call of a handle of ``get_op``, whose kernel it is: kernels rely
+      on it, and who calls one without a handle keeps the contract alone. With ``values`` it reads numbers on
+      accelerators too.
     * ``traced``: the call's schema and empty outputs, for compilers that trace; without it the op cannot be compiled.
     """
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from hal_ops._dtypes import torch_dtype
-from hal_ops.rows import check_out
 
 __all__ = ["by_parts", "deliver", "wide_format"]
 
@@ -22,16 +21,9 @@ def wide_format(dtype: str, accumulate: torch.dtype | None = None) -> torch.dtyp
     return accumulate or (torch.float64 if torch_dtype(dtype) == torch.float64 else torch.float32)
 
 
-def deliver(result: Tensor, dtype: torch.dtype, out: Tensor | None, name: str = "out") -> Tensor:
-    """The result in ``dtype``, contiguous; or written to ``out``, which must have its shape and that dtype.
-
-    Raises:
-        ValueError: ``out`` has another shape or dtype.
-    """
-    if out is None:
-        return result.to(dtype).contiguous()
-    check_out(name, out, result.shape, dtype)
-    return out.copy_(result)
+def deliver(result: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+    """The result in ``dtype``, contiguous; or written to ``out``, which has its shape and that dtype."""
+    return result.to(dtype).contiguous() if out is None else out.copy_(result)
 
 
 def by_parts(normalize: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

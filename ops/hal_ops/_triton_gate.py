@@ -11,12 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hal_ops._dtypes import torch_dtype
 from hal_ops._gpu import gpu_of
 from hal_ops._launch import Launch
 from hal_ops._row_request import RowRequest
 from hal_ops._triton_rows import aligned, block_size, row_start
-from hal_ops.rows import check_input, check_out, fold, half_of, refuse_grad
+from hal_ops.rows import fold, half_of, refuse_grad
 
 __all__ = ["CONFIGS", "GateConfig", "GateRows", "config_for", "gate_rows", "triton_gate"]
 
@@ -118,17 +117,13 @@ class GateRows:
 
 def triton_gate(request: RowRequest, device: object, activation: str) -> Callable[..., Tensor]:
     """The ``call`` phase of a gate; ``activation`` is "silu", "gelu" or "gelu_tanh"."""
-    hidden, dtype = request.hidden_size, torch_dtype(request.dtype)
-    gate = GateRows(device, hidden, activation)
+    gate = GateRows(device, request.hidden_size, activation)
 
     def call(x: Tensor, *, out: Tensor | None = None) -> Tensor:
         if x.requires_grad:
             refuse_grad()
-        check_input("x", x, 2 * hidden, dtype)
         if out is None:
             out = half_of(x)
-        else:
-            check_out("out", out, (*x.shape[:-1], hidden), dtype)
         gate(x, out)
         return out
 

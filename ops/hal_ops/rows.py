@@ -12,12 +12,12 @@ __all__ = [
     "Rows",
     "check_input",
     "check_out",
-    "check_weight",
     "empty_like",
     "fold",
     "half_of",
     "no_outputs",
     "refuse_grad",
+    "unfolded",
 ]
 
 
@@ -44,12 +44,20 @@ def fold(x: Tensor, kept: int = 1, name: str = "x") -> Rows:
         return Rows(0, 1, 0, 0)
     groups = _groups(x.shape[:lead], x.stride()[:lead])
     if len(groups) > 2:
-        raise ValueError(
-            f"{name} has shape {tuple(x.shape)} and strides {tuple(x.stride())}: its leading dims do not fold into two; "
-            f"pass {name}.contiguous()"
-        )
+        raise ValueError(unfolded(name, x, kept))
     (inner, inner_stride), (outer, outer_stride) = (*groups, (1, 0), (1, 0))[:2]
     return Rows(outer * inner, inner, outer_stride, inner_stride)
+
+
+def unfolded(name: str, x: Tensor, kept: int = 1) -> str:
+    """That the leading dims have strides that two do not express, as a text; empty where they fold."""
+    lead = x.dim() - kept
+    if lead < 3 or 0 in x.shape[:lead] or len(_groups(x.shape[:lead], x.stride()[:lead])) < 3:
+        return ""
+    return (
+        f"{name} has shape {tuple(x.shape)} and strides {tuple(x.stride())}: its leading dims do not fold into two; "
+        f"pass {name}.contiguous()"
+    )
 
 
 def _groups(sizes: tuple[int, ...], strides: tuple[int, ...]) -> list[tuple[int, int]]:
@@ -75,21 +83,6 @@ def check_input(name: str, x: Tensor, hidden: int, dtype: object) -> None:
         raise ValueError(
             f"{name} is {x.dtype} {tuple(x.shape)} with strides {tuple(x.stride())}: this was bound for {dtype} "
             f"[..., {hidden}] with a contiguous last dim"
-        )
-
-
-def check_weight(name: str, weight: Tensor, hidden: int, dtype: object) -> None:
-    """``weight`` is ``[hidden]`` in ``dtype``, contiguous: of another size it would be repeated, or read past its end.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if weight is None:
-        raise ValueError(f"{name} is missing: give {dtype} [{hidden}]")
-    if weight.shape != (hidden,) or weight.dtype != dtype or (weight.stride(0) != 1 and hidden != 1):
-        raise ValueError(
-            f"{name} is {weight.dtype} {tuple(weight.shape)} with strides {tuple(weight.stride())}: this was bound for "
-            f"{dtype} [{hidden}], contiguous"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -185,3 +186,175 @@ def test_a_gradient_that_was_not_asked_for_is_an_error(compiled: bool) -> None: 
     asked = hal.get_op("rms_norm", hidden_size=16, dtype="float32", device="cpu", needs_grad=True)
     torch.autograd.backward(asked(x, weight).sum())
     assert weight.grad is not None
+
+
+ROWS = {"hidden_size": 64}
+HEADS = {"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 16}
+PAGED = {"num_kv_heads": 2, "head_dim": 16, "page_size": 4, "kv_dtype": "float32"}
+FIELDS: dict[str, dict[str, Any]] = {
+    "rms_norm": ROWS,
+    "fused_add_rms_norm": ROWS,
+    "layer_norm": ROWS,
+    "silu_and_mul": ROWS,
+    "gelu_and_mul": ROWS,
+    "fp8_quantize": {**ROWS, "fp8_dtype": "float8_e4m3fn", "static": True},
+    "rotary_embedding": HEADS,
+    "merge_attention_states": {"num_heads": 4, "v_head_dim": 16},
+    "kv_cache_write": PAGED,
+    "rotary_kv_cache_write": {**PAGED, "num_q_heads": 4},
+    "kv_pages_copy": PAGED,
+    "kv_pages_gather": PAGED,
+}
+WITHOUT_OUT = ("merge_attention_states", "kv_cache_write", "kv_pages_copy")
+
+
+def op_of(name: str, kernel: str, **more: Any) -> hal.BoundOp:
+    dtype = {} if name == "kv_pages_copy" else {"dtype": "float32"}
+    return hal.get_op(name, device="cpu", kernel=kernel, **{**FIELDS[name], **dtype, **more})
+
+
+def right(name: str, tokens: int = 3) -> dict[str, Any]:
+    """Arguments of so many tokens that fit :data:`FIELDS`, ``out`` aside."""
+    cos, sin, caches = torch.rand(8, 8), torch.rand(8, 8), torch.rand(2, 5, 4, 2, 16)
+    q, k, v = torch.rand(tokens, 4, 16), *torch.rand(2, tokens, 2, 16)
+    x, vectors, slots = torch.rand(tokens, 64), torch.rand(2, 64), torch.arange(tokens)
+    cache = {"k_cache": caches[0], "v_cache": caches[1]}
+    norm, rotary = {"x": x, "weight": vectors[0]}, {"q": q, "k": k, "cos": cos, "sin": sin, "positions": slots}
+    gate = {"x": torch.rand(tokens, 128)}
+    table = {"block_table": torch.tensor([[3, 1]]).int(), "cu_seqlens": torch.tensor([0, tokens]).int()}
+    return {
+        "rms_norm": norm,
+        "fused_add_rms_norm": {"x": x, "residual": torch.rand(tokens, 64), "weight": vectors[0]},
+        "layer_norm": {**norm, "bias": vectors[1]},
+        "silu_and_mul": gate,
+        "gelu_and_mul": gate,
+        "fp8_quantize": {"x": x, "scale": torch.rand(tokens, 1) + 0.1},
+        "rotary_embedding": rotary,
+        "merge_attention_states": {"out_a": q, "lse_a": q[..., 0] * 2, "out_b": q + 1, "lse_b": q[..., 1] * 3},
+        "kv_cache_write": {"k": k, "v": v, **cache, "slot_mapping": slots},
+        "rotary_kv_cache_write": {**rotary, "v": v, **cache, "slot_mapping": slots},
+        "kv_pages_copy": {**cache, "source": slots // 3, "target": slots + 1},
+        "kv_pages_gather": {**cache, **table, "total": tokens, "longest": tokens},
+    }[name]
+
+
+def whole(x: Tensor) -> bool:
+    return not x.is_floating_point()
+
+
+WRONGS: dict[str, Any] = {
+    "on another device": lambda x: x.to("meta"),
+    "in another format": lambda x: x.float() if whole(x) else x.double(),
+    "wider": lambda x: torch.cat((x, x[..., :1]), -1),
+    "of no dim": lambda x: x.flatten()[0],
+    "no tensor": lambda x: x.tolist(),
+}
+
+
+def bits(given: dict[str, Any]) -> list[Any]:
+    """What arguments and results hold, to compare."""
+    return [x.double().tolist() if isinstance(x, Tensor) and not x.is_meta else None for x in given.values()]
+
+
+@pytest.mark.parametrize("kernel", ["torch", "reference"])
+@pytest.mark.parametrize("name", FIELDS)
+def test_what_does_not_fit_is_refused_whoever_computes(name: str, kernel: str) -> None:  # requirement C7
+    """Each tensor in turn, and nothing is written; before, some kernels spread it, converted it or gave numbers."""
+    op = op_of(name, kernel)
+    for argument in (n for n, x in right(name).items() if isinstance(x, Tensor)):
+        for what, wrong in WRONGS.items():
+            if (argument, what) == ("block_table", "wider"):
+                continue  # columns past a row's last page may hold anything
+            given = right(name)
+            given[argument] = wrong(given[argument])
+            before = bits(given)
+            with pytest.raises(InputError, match=rf"^{name}: \w+ is .*(should be|gives? )"):
+                op(**given)
+            assert bits(given) == before, (argument, what)
+
+
+@pytest.mark.parametrize("kernel", ["torch", "reference"])
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_last_dim_with_gaps_is_refused_or_right(name: str, kernel: str) -> None:  # requirement C7
+    op = op_of(name, kernel)
+    for argument in (n for n, x in right(name).items() if isinstance(x, Tensor) and x.shape[-1] > 1):
+        plain = right(name)
+        given = {n: x.clone() if isinstance(x, Tensor) else x for n, x in plain.items()}
+        given[argument] = torch.stack((given[argument],) * 2, -1).flatten(-2)[..., ::2]
+        try:
+            found = op(**given)
+        except InputError as error:
+            assert re.match(rf"{name}: {argument}('s last (stride|dim)| has strides) ", str(error)), error  # noqa: PT017
+        else:
+            torch.testing.assert_close(found, op(**plain))
+
+
+@pytest.mark.parametrize("kernel", ["torch", "reference"])
+@pytest.mark.parametrize("name", FIELDS)
+def test_no_tokens_are_no_work(name: str, kernel: str) -> None:
+    given = right(name, tokens=0)
+    found = op_of(name, kernel)(**given)
+    results = () if found is None else found if isinstance(found, tuple) else (found,)
+    assert all(x.shape[0] == 0 for x in results)
+    assert all(not x.isnan().any() for x in given.values() if isinstance(x, Tensor))
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("granularity", ["tensor", "token", "block"])
+@pytest.mark.parametrize("kernel", ["torch", "reference"])
+def test_no_tokens_have_scales_too(kernel: str, granularity: str, static: bool) -> None:
+    """A tensor without elements has no largest one, and a scale all the same."""
+    op = op_of("fp8_quantize", kernel, granularity=granularity, static=static)
+    scales = {"tensor": torch.ones(1), "token": torch.ones(0, 1), "block": torch.ones(0, 1)}[granularity]
+    found, made = op(torch.empty(0, 64), *([scales] if static else []))
+    assert (found.shape, made.shape) == ((0, 64), scales.shape)
+    assert made.tolist() == scales.tolist() if static else made.tolist() == [2.0**-126] * len(scales)
+
+
+@pytest.mark.parametrize("kernel", ["torch", "reference"])
+@pytest.mark.parametrize("name", [name for name in FIELDS if name not in WITHOUT_OUT])
+def test_an_out_that_does_not_fit_is_refused(name: str, kernel: str) -> None:  # requirement C7
+    op, given = op_of(name, kernel), right(name)
+    found = op(**right(name))
+    good = tuple(x.clone() for x in (found if isinstance(found, tuple) else (found,)))
+    for wrong in (*WRONGS.values(), lambda x: x[:1].expand_as(x)):
+        outs = wrong(good[0]) if len(good) == 1 else (good[0], wrong(good[1]))
+        before = bits(given)
+        with pytest.raises(InputError, match=rf"^{name}: out.* (is|has strides) "):
+            op(**given, out=outs)
+        assert bits(given) == before
+    if name == "kv_pages_gather":
+        with pytest.raises(InputError, match=r"out\[1\] has strides .* give a contiguous one"):
+            op(**given, out=(good[0], torch.zeros(3, 2, 32)[..., :16]))
+    if len(good) == 2:
+        with pytest.raises(InputError, match=r"out is .* should be a pair of tensors"):
+            op(**given, out=good[0])
+
+
+def test_rotary_tokens_go_together() -> None:  # requirement C7
+    op, given = op_of("rotary_embedding", "torch"), right("rotary_embedding")
+    for changes, text in (
+        ({"positions": torch.tensor([0])}, r"positions is int64 \(1,\) .*int64 or int32 \(3,\) on cpu"),
+        ({"k": given["k"][:1]}, r"k is float32 \(1, 2, 16\) .*float32 \(3, 2, 16\)"),
+        ({"k": given["k"].repeat(1, 4, 1)}, r"k is float32 \(3, 8, 16\)"),
+        ({"cos": given["cos"].half(), "sin": given["sin"].half()}, r"cos is float16 \(8, 8\)"),
+        ({"sin": given["sin"][:4]}, r"sin is float32 \(4, 8\) .*float32 \(8, 8\)"),
+        ({"positions": torch.zeros(3)}, "positions is float32"),
+    ):
+        with pytest.raises(InputError, match=f"rotary_embedding: {text}"):
+            op(**{**given, **changes})
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "silu_and_mul", "fp8_quantize"])
+def test_rows_that_fold_into_no_two_dims(name: str) -> None:
+    """The contract, so every kernel: Triton's cannot, and torch's did."""
+    op = op_of(name, "torch", **({"static": False} if name == "fp8_quantize" else {}))
+    x = torch.rand(2, 3, 4, 5, right(name)["x"].shape[-1]).transpose(0, 2)[:, ::2]
+    with pytest.raises(InputError, match=r"x has shape .* do not fold into two; pass x.contiguous\(\)"):
+        op(**{**right(name), "x": x} if name == "rms_norm" else {"x": x})
+
+
+def test_every_op_of_one_phase_looks_at_its_arguments() -> None:
+    from hal import _plugins
+
+    assert {name for name, op in _plugins.registry().ops.items() if op.phases == ("call",)} == set(FIELDS)

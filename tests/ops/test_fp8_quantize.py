@@ -141,17 +141,17 @@ def test_block_sizes_mean_nothing_without_blocks() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     def make(**fields: Any) -> Any:
-        request = Fp8QuantizeRequest(hidden_size=8, dtype="float32", fp8_dtype="float8_e4m3fn", **fields)
-        return torch_quantize.fp8_quantize(request, "cpu")
+        fields |= {"hidden_size": 8, "dtype": "float32", "fp8_dtype": "float8_e4m3fn"}
+        return hal.get_op("fp8_quantize", device="cpu", **fields)
 
     x = torch.randn(4, 8)
     with pytest.raises(ValueError, match="scale is missing, and this was bound with static=True"):
         make(static=True)(x)
     with pytest.raises(ValueError, match="scale is given, and this was bound with static=False"):
         make()(x, torch.ones(4, 1))
-    with pytest.raises(ValueError, match=r"give torch.float32 \(4, 1\)"):
+    with pytest.raises(ValueError, match=r"should be float32 \(4, 1\)"):
         make(static=True)(x, torch.ones(1))
-    with pytest.raises(ValueError, match=r"blocks of several rows need \[rows, hidden_size\]"):
+    with pytest.raises(ValueError, match=r"blocks of several rows need \[rows, 8\]"):
         make(granularity="block", block_rows=2)(x.view(2, 2, 8))
     with pytest.raises(ValueError, match="granularity='row'"):
         make(granularity="row")

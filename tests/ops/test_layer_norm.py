@@ -57,7 +57,7 @@ def test_what_was_not_announced_is_refused() -> None:
     x, ones = torch.randn(2, 8), torch.ones(8)
     with pytest.raises(ValueError, match="bias is given, and this was bound with bias=False"):
         norm(x, ones, ones)
-    with pytest.raises(ValueError, match="weight is missing, and this was bound with weight=True"):
+    with pytest.raises(ValueError, match="weight is missing, and should be float32"):
         norm(x)
     with pytest.raises(ValueError, match="a bias alone is not offered"):
         LayerNormRequest(hidden_size=8, weight=False)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import hal
-from hal.errors import NoKernelError
+from hal.errors import InputError, NoKernelError
 from hal_ops import _torch_rows
 from hal_ops.fused_add_rms_norm import FusedAddRmsNormRequest
 from hal_ops.fused_add_rms_norm.torch_norm import fused_add_rms_norm
@@ -134,15 +134,15 @@ def test_weights_in_float32_are_no_neutral_request() -> None:
 
 
 def test_tensors_that_do_not_fit_are_refused() -> None:
-    norm = torch_norm.rms_norm(RmsNormRequest(hidden_size=8, dtype="float32"), "cpu")
+    norm = hal.get_op("rms_norm", hidden_size=8, dtype="float32", device="cpu")
     x, weight = torch.randn(3, 8), torch.ones(8)
-    with pytest.raises(ValueError, match=r"x is torch.float32 \(3, 9\)"):
+    with pytest.raises(InputError, match=r"x is float32 \(3, 9\) on cpu, and should be float32 \[..., 8\] on cpu"):
         norm(torch.randn(3, 9), weight)
-    with pytest.raises(ValueError, match=r"x is torch\.float64"):
+    with pytest.raises(InputError, match=r"x is float64"):
         norm(x.double(), weight)
-    with pytest.raises(ValueError, match="contiguous last dim"):
+    with pytest.raises(InputError, match="contiguous last dim"):
         norm(torch.randn(8, 3).T, weight)
-    with pytest.raises(ValueError, match=r"out is torch.float32 \(2, 3, 8\)"):
+    with pytest.raises(InputError, match=r"out is float32 \(2, 3, 8\) on cpu, and should be float32 \(3, 8\)"):
         norm(x, weight, out=torch.empty(2, 3, 8))
 
 

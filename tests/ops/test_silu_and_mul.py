@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+import hal
 from hal_ops.silu_and_mul import SiluAndMulRequest, reference, torch_gate
 
 IMPLEMENTATIONS = {"reference": reference.silu_and_mul, "torch": torch_gate.silu_and_mul}
@@ -36,8 +37,8 @@ def test_large_gates_of_either_sign(name: str) -> None:
 
 
 def test_the_input_must_be_twice_as_wide() -> None:
-    gate = torch_gate.silu_and_mul(SiluAndMulRequest(hidden_size=4, dtype="float32"), "cpu")
-    with pytest.raises(ValueError, match=r"bound for torch.float32 \[..., 8\]"):
+    gate = hal.get_op("silu_and_mul", hidden_size=4, dtype="float32", device="cpu")
+    with pytest.raises(ValueError, match=r"should be float32 \[..., 8\]"):
         gate(torch.randn(2, 4))
 
 

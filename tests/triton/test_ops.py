@@ -201,16 +201,19 @@ def test_what_folds_into_no_two_dims_is_refused(device: str) -> None:
         rms_norm(request, device)(x[:, ::2], torch.ones(16, device=device))
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if op is not ROTARY_EMBEDDING], ids=lambda op: op.name)
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_no_rows_are_no_work(op: Op, device: str) -> None:
-    request = op.request(hidden_size=48, dtype="float32")
+    sizes = {"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 48} if op is ROTARY_EMBEDDING else {"hidden_size": 48}
+    request = op.request(**sizes, dtype="float32")
     if op.name == "fp8_quantize":
         request = dataclasses.replace(request, fp8_dtype="float8_e4m3fn")
     case = resolve_target(op.cases or "")(request, device=device)
-    args = [x[:0] if x.dim() == 2 else x for x in case.args]
+    args = [x[:0] if len(x) == 18 else x for x in case.args]
+    assert resolve_target(op.check or "")(request, args[0].device, False)(*args) == ""
     results = resolve_target(KERNELS[op.name].target)(request, device)(*args)
     first = results[0] if isinstance(results, tuple) else results
-    assert first.shape == (0, 48)
+    assert first.shape == (*args[0].shape[:-1], 48)
+    assert not first.numel()
 
 
 def test_a_gradient_that_would_be_lost_is_refused(device: str) -> None:

@@ -106,5 +106,6 @@ FP8_QUANTIZE = Op(
     keywords={"call": ("scale", "out")},
     reference={"call": "hal_ops.fp8_quantize.reference:fp8_quantize"},
     cases="hal_ops.fp8_quantize.cases:make_case",
+    check="hal_ops.fp8_quantize.inputs:check",
     traced=Traced("Tensor x, Tensor? scale=None", outputs="hal_ops.fp8_quantize.reference:outputs", results=2),
 )

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from hal_ops._dtypes import torch_dtype
 from hal_ops.fp8_quantize.op import Fp8QuantizeRequest
-from hal_ops.rows import check_out
 
-__all__ = ["Pair", "SMALLEST_SCALE", "check_scale", "fp8_quantize", "outputs", "scales_shape"]
+__all__ = ["Pair", "SMALLEST_SCALE", "fp8_quantize", "outputs", "scales_shape"]
 
 Pair = tuple[Tensor, Tensor]
 SMALLEST_SCALE = 2.0**-126
@@ -41,23 +40,6 @@ def outputs(request: Fp8QuantizeRequest) -> Callable[..., Pair]:
     return empty
 
 
-def check_scale(request: Fp8QuantizeRequest, x: Tensor, scale: Tensor | None) -> None:
-    """The scales are given when the request says so, and only then, in their shape; x has two dims where it must.
-
-    Raises:
-        ValueError: something else is the case.
-    """
-    if request.block_rows > 1 and x.dim() != 2:
-        raise ValueError(f"x is {tuple(x.shape)}: blocks of several rows need [rows, hidden_size]")
-    if request.static != (scale is not None):
-        said = "missing" if scale is None else "given"
-        raise ValueError(f"scale is {said}, and this was bound with static={request.static}")
-    if scale is not None:
-        wanted = scales_shape(request, tuple(x.shape))
-        if scale.dtype != torch.float32 or tuple(scale.shape) != wanted:
-            raise ValueError(f"scale is {scale.dtype} {tuple(scale.shape)}: give torch.float32 {wanted}")
-
-
 def fp8_quantize(
     request: Fp8QuantizeRequest, device: object, *, accumulate: torch.dtype | None = None, rounded: bool = True
 ) -> Callable[..., Pair]:
@@ -67,10 +49,7 @@ def fp8_quantize(
     empty = outputs(request)
 
     def call(x: Tensor, scale: Tensor | None = None, *, out: Pair | None = None) -> Pair:
-        check_scale(request, x, scale)
         values, scales = empty(x) if out is None else out
-        for mine, theirs in ((values, empty(x)[0]), (scales, empty(x)[1])):
-            check_out("out", mine, theirs.shape, theirs.dtype)
         for group, one in _groups(request, x.shape):
             part = x[group].to(wide)
             if scale is None:

@@ -44,6 +44,7 @@ FUSED_ADD_RMS_NORM = Op(
     keywords={"call": ("out",)},
     reference={"call": "hal_ops.fused_add_rms_norm.reference:fused_add_rms_norm"},
     cases="hal_ops.fused_add_rms_norm.cases:make_case",
+    check="hal_ops.fused_add_rms_norm.inputs:check",
     traced=Traced(
         "Tensor x, Tensor(a!) residual, Tensor weight", outputs="hal_ops.fused_add_rms_norm.reference:outputs"
     ),

@@ -14,21 +14,16 @@ from hal_ops._dtypes import torch_dtype
 from hal_ops._torch_rows import deliver
 from hal_ops.fused_add_rms_norm.op import FusedAddRmsNormRequest
 from hal_ops.rms_norm.torch_norm import normalizer
-from hal_ops.rows import check_input, check_out, check_weight
 
 __all__ = ["fused_add_rms_norm"]
 
 
 def fused_add_rms_norm(request: FusedAddRmsNormRequest, device: object) -> Callable[..., Tensor]:
     """The ``call`` phase."""
-    hidden, dtype, needs_grad = request.hidden_size, torch_dtype(request.dtype), request.needs_grad
-    weight_dtype = torch_dtype(request.weight_dtype)
+    dtype, needs_grad = torch_dtype(request.dtype), request.needs_grad
     normalize = normalizer(request.dtype, request.eps, request.weight_offset, needs_grad)
 
     def call(x: Tensor, residual: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tensor:
-        check_input("x", x, hidden, dtype)
-        check_out("residual", residual, x.shape, dtype)
-        check_weight("weight", weight, hidden, weight_dtype)
         total = _separate(residual, x) if needs_grad else residual.add_(x)
         return deliver(normalize(total, weight), dtype, out)
 

@@ -57,5 +57,6 @@ GELU_AND_MUL = Op(
     keywords={"call": ("out",)},
     reference={"call": "hal_ops.gelu_and_mul.reference:gelu_and_mul"},
     cases="hal_ops.gelu_and_mul.cases:make_case",
+    check="hal_ops._gate:check",
     traced=Traced("Tensor x", outputs="hal_ops.gelu_and_mul.reference:outputs"),
 )

@@ -8,15 +8,18 @@ import torch
 from torch import Tensor
 
 from hal_ops._cache_inputs import CacheInputs
-from hal_ops._call_inputs import mismatch
+from hal_ops._call_inputs import gaps, mismatch, rows_apart, shown
+from hal_ops._dtypes import torch_dtype
+from hal_ops._row_inputs import pair
 from hal_ops.kv_pages_gather.op import KvPagesGatherRequest
 
 __all__ = ["check"]
 
 
 def check(request: KvPagesGatherRequest, device: torch.device, values: bool) -> Callable[..., str]:
-    """A function of the call's arguments; see :attr:`hal_ops.Op.check`. Kernels look at ``out`` themselves."""
-    about = CacheInputs(request, device, values)
+    """A function of the call's arguments; see :attr:`hal_ops.Op.check`."""
+    about, dtype, heads = CacheInputs(request, device, values), torch_dtype(request.dtype), request.num_kv_heads
+    dims = request.head_dim, request.v_head_dim
 
     def problem(
         k_cache: Tensor,
@@ -28,21 +31,35 @@ def check(request: KvPagesGatherRequest, device: torch.device, values: bool) -> 
         *,
         k_scale: Tensor | None = None,
         v_scale: Tensor | None = None,
-        out: object = None,
+        out: tuple[Tensor, Tensor] | None = None,
     ) -> str:
-        del out
-        size = tuple(block_table.shape) if isinstance(block_table, Tensor) and block_table.dim() == 2 else (0, 0)
         return (
             about.caches(k_cache, v_cache)
             or about.scales(k_scale, v_scale)
-            or mismatch("block_table", block_table, size, torch.int32, device)
-            or ("" if block_table.stride(1) == 1 or size[1] < 2 else "block_table's last dim is not contiguous")
-            or about.numbers("cu_seqlens", cu_seqlens, size[0] + 1, torch.int32)
+            or _table(block_table, device)
+            or about.numbers("cu_seqlens", cu_seqlens, block_table.shape[0] + 1, torch.int32)
+            or ("" if out is None else _outs(out, (total, heads), dims, dtype, device))
             or (_rows(block_table, cu_seqlens, total, longest, request.page_size) if about.reads else "")
             or (_pages(block_table, cu_seqlens, k_cache.shape[0], request.page_size) if about.reads else "")
         )
 
     return problem
+
+
+def _table(table: Tensor, device: torch.device) -> str:
+    if not isinstance(table, Tensor) or table.dim() != 2 or table.dtype != torch.int32 or table.device != device:
+        return f"block_table is {shown(table)}, and should be int32 [rows, max_pages] on {device}"
+    return rows_apart(block_table=table)
+
+
+def _outs(
+    out: tuple[Tensor, Tensor], lead: tuple[int, int], dims: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> str:
+    """A contiguous pair."""
+    wrong = pair(out, "k and v")
+    for name, x, dim in () if wrong else (("out[0]", out[0], dims[0]), ("out[1]", out[1], dims[1])):
+        wrong = wrong or mismatch(name, x, (*lead, dim), dtype, device) or gaps(name, x)
+    return wrong
 
 
 def _rows(table: Tensor, cu_seqlens: Tensor, total: int, longest: int, page_size: int) -> str:

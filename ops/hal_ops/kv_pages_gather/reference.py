@@ -10,9 +10,8 @@ from torch import Tensor
 from hal_ops._dtypes import torch_dtype
 from hal_ops._torch_rows import wide_format
 from hal_ops.kv_pages_gather.op import KvPagesGatherRequest
-from hal_ops.rows import check_out
 
-__all__ = ["Pair", "check_outs", "kv_pages_gather", "outputs"]
+__all__ = ["Pair", "kv_pages_gather", "outputs"]
 
 Pair = tuple[Tensor, Tensor]
 
@@ -36,18 +35,6 @@ def outputs(request: KvPagesGatherRequest) -> Callable[..., Pair]:
         return k, v_cache.new_empty((total, heads, request.v_head_dim), dtype=dtype)
 
     return empty
-
-
-def check_outs(request: KvPagesGatherRequest, out: Pair, total: int) -> None:
-    """``out`` is a pair as the contract says.
-
-    Raises:
-        ValueError: it is not.
-    """
-    for name, x, dim in (("out[0]", out[0], request.head_dim), ("out[1]", out[1], request.v_head_dim)):
-        check_out(name, x, (total, request.num_kv_heads, dim), torch_dtype(request.dtype))
-        if not x.is_contiguous():
-            raise ValueError(f"{name} has strides {tuple(x.stride())}: give a contiguous one")
 
 
 def kv_pages_gather(

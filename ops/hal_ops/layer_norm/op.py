@@ -65,5 +65,6 @@ LAYER_NORM = Op(
     keywords={"call": ("weight", "bias", "out")},
     reference={"call": "hal_ops.layer_norm.reference:layer_norm"},
     cases="hal_ops.layer_norm.cases:make_case",
+    check="hal_ops.layer_norm.inputs:check",
     traced=Traced("Tensor x, Tensor? weight=None, Tensor? bias=None", outputs="hal_ops.layer_norm.reference:outputs"),
 )

@@ -11,24 +11,12 @@ from hal_ops._torch_rows import deliver, wide_format
 from hal_ops.layer_norm.op import LayerNormRequest
 from hal_ops.rows import empty_like
 
-__all__ = ["check_affine", "layer_norm", "outputs"]
+__all__ = ["layer_norm", "outputs"]
 
 
 def outputs(request: LayerNormRequest) -> Callable[..., Tensor]:
     """Makes an empty output from the call's arguments."""
     return empty_like
-
-
-def check_affine(request: LayerNormRequest, weight: Tensor | None, bias: Tensor | None) -> None:
-    """Weight and bias are given when the request has them, and only then.
-
-    Raises:
-        ValueError: they are not.
-    """
-    for name, value in (("weight", weight), ("bias", bias)):
-        if getattr(request, name) != (value is not None):
-            said = "missing" if value is None else "given"
-            raise ValueError(f"{name} is {said}, and this was bound with {name}={getattr(request, name)}")
 
 
 def layer_norm(
@@ -40,7 +28,6 @@ def layer_norm(
     def call(
         x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, out: Tensor | None = None
     ) -> Tensor:
-        check_affine(request, weight, bias)
         deviation = x.to(wide) - x.to(wide).mean(-1, keepdim=True)
         result = deviation / (deviation.square().mean(-1, keepdim=True) + request.eps).sqrt()
         result = result if weight is None else result * weight.to(wide)

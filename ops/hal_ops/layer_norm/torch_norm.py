@@ -19,8 +19,6 @@ from torch.nn import functional
 from hal_ops._dtypes import torch_dtype
 from hal_ops._torch_rows import by_parts, deliver, wide_format
 from hal_ops.layer_norm.op import LayerNormRequest
-from hal_ops.layer_norm.reference import check_affine
-from hal_ops.rows import check_input, check_weight
 
 __all__ = ["layer_norm"]
 
@@ -28,17 +26,11 @@ __all__ = ["layer_norm"]
 def layer_norm(request: LayerNormRequest, device: object) -> Callable[..., Tensor]:
     """The ``call`` phase."""
     hidden, dtype, eps = request.hidden_size, torch_dtype(request.dtype), request.eps
-    weight_dtype = torch_dtype(request.weight_dtype)
     mixed, wide = request.weight_dtype != request.dtype, wide_format(request.dtype)
 
     def call(
         x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, out: Tensor | None = None
     ) -> Tensor:
-        check_input("x", x, hidden, dtype)
-        check_affine(request, weight, bias)
-        for name, value in (("weight", weight), ("bias", bias)):
-            if value is not None:
-                check_weight(name, value, hidden, weight_dtype)
         if mixed:
             x, weight, bias = x.to(wide), _wide(weight, wide), _wide(bias, wide)
         return deliver(by_parts(lambda rows: functional.layer_norm(rows, (hidden,), weight, bias, eps), x), dtype, out)

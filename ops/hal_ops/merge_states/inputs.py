@@ -22,7 +22,7 @@ def check(request: MergeStatesRequest, device: torch.device, values: bool) -> Ca
     def problem(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> str:
         shape = getattr(out_a, "shape", ())
         if shape[-2:] != last:
-            return f"out_a is {shown(out_a)}, and this was bound for [..., {last[0]}, {last[1]}]"
+            return f"out_a is {shown(out_a)}, and should be {request.dtype} [..., {last[0]}, {last[1]}] on {device}"
         return (
             mismatch("out_a", out_a, shape, dtype, device)
             or mismatch("lse_a", lse_a, shape[:-1], torch.float32, device)

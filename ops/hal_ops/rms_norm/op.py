@@ -58,5 +58,6 @@ RMS_NORM = Op(
     keywords={"call": ("out",)},
     reference={"call": "hal_ops.rms_norm.reference:rms_norm"},
     cases="hal_ops.rms_norm.cases:make_case",
+    check="hal_ops.rms_norm.inputs:check",
     traced=Traced("Tensor x, Tensor weight", outputs="hal_ops.rms_norm.reference:outputs"),
 )

@@ -15,19 +15,16 @@ from torch.nn import functional
 from hal_ops._dtypes import torch_dtype
 from hal_ops._torch_rows import by_parts, deliver, wide_format
 from hal_ops.rms_norm.op import RmsNormRequest
-from hal_ops.rows import check_input, check_weight
 
 __all__ = ["normalizer", "rms_norm"]
 
 
 def rms_norm(request: RmsNormRequest, device: object) -> Callable[..., Tensor]:
     """The ``call`` phase."""
-    hidden, dtype, weight_dtype = request.hidden_size, torch_dtype(request.dtype), torch_dtype(request.weight_dtype)
+    dtype = torch_dtype(request.dtype)
     normalize = normalizer(request.dtype, request.eps, request.weight_offset, request.needs_grad)
 
     def call(x: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tensor:
-        check_input("x", x, hidden, dtype)
-        check_weight("weight", weight, hidden, weight_dtype)
         return deliver(normalize(x, weight), dtype, out)
 
     return call

@@ -11,28 +11,22 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hal_ops._dtypes import torch_dtype
 from hal_ops._triton_norm import NormRows
 from hal_ops.rms_norm.op import RmsNormRequest
-from hal_ops.rows import check_input, check_out, check_weight, refuse_grad
+from hal_ops.rows import refuse_grad
 
 __all__ = ["rms_norm"]
 
 
 def rms_norm(request: RmsNormRequest, device: object) -> Callable[..., Tensor]:
     """The ``call`` phase."""
-    hidden, dtype, weight_dtype = request.hidden_size, torch_dtype(request.dtype), torch_dtype(request.weight_dtype)
-    normalize = NormRows(device, hidden, request.eps, weight_offset=request.weight_offset)
+    normalize = NormRows(device, request.hidden_size, request.eps, weight_offset=request.weight_offset)
 
     def call(x: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tensor:
         if x.requires_grad or weight.requires_grad:
             refuse_grad()
-        check_input("x", x, hidden, dtype)
-        check_weight("weight", weight, hidden, weight_dtype)
         if out is None:
             out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        else:
-            check_out("out", out, x.shape, dtype)
         normalize(x, out, weight)
         return out
 

@@ -81,6 +81,7 @@ ROTARY_EMBEDDING = Op(
     keywords={"call": ("out",)},
     reference={"call": "hal_ops.rotary_embedding.reference:rotary_embedding"},
     cases="hal_ops.rotary_embedding.cases:make_case",
+    check="hal_ops.rotary_embedding.inputs:check",
     traced=Traced(
         "Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor positions",
         outputs="hal_ops.rotary_embedding.reference:outputs",

@@ -17,7 +17,6 @@ from hal_ops._dtypes import torch_dtype
 from hal_ops._torch_rows import deliver, wide_format
 from hal_ops.rotary_embedding.op import RotaryEmbeddingRequest
 from hal_ops.rotary_embedding.reference import Pair
-from hal_ops.rows import check_input
 
 __all__ = ["rotary_embedding"]
 
@@ -33,8 +32,6 @@ def rotary_embedding(request: RotaryEmbeddingRequest, device: object) -> Callabl
         return result if dim == x.shape[-1] else torch.cat((result, x[..., dim:].to(wide)), -1)
 
     def call(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, out: Pair | None = None) -> Pair:
-        check_input("q", q, request.head_dim, dtype)
-        check_input("k", k, request.head_dim, dtype)
         cos, sin = (functional.embedding(positions, table).to(wide).unsqueeze(-2) for table in (cos, sin))
         q_out, k_out = (None, None) if out is None else out
         return deliver(turned(q, cos, sin), dtype, q_out), deliver(turned(k, cos, sin), dtype, k_out)

@@ -17,13 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hal_ops._dtypes import torch_dtype
 from hal_ops._gpu import gpu_of
 from hal_ops._launch import Launch
 from hal_ops._triton_rows import aligned, block_size, row_start
 from hal_ops.rotary_embedding.op import RotaryEmbeddingRequest
 from hal_ops.rotary_embedding.reference import Pair, outputs
-from hal_ops.rows import check_input, check_out, fold, refuse_grad
+from hal_ops.rows import fold, refuse_grad
 
 __all__ = ["CONFIGS", "RotaryConfig", "rotary_embedding", "rotate_heads"]
 
@@ -109,37 +108,19 @@ def rotary_embedding(
     request: RotaryEmbeddingRequest, device: object, *, config: RotaryConfig | None = None
 ) -> Callable[..., Pair]:
     """The ``call`` phase. ``config`` replaces the table's."""
-    dtype, table_dtype, empty = torch_dtype(request.dtype), torch_dtype(request.table_dtype), outputs(request)
     rotate = _RotateHeads(request, gpu_of(device).device, config or CONFIGS[request.style])
+    empty = outputs(request)
 
     def call(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, out: Pair | None = None) -> Pair:
         if q.requires_grad or k.requires_grad or cos.requires_grad or sin.requires_grad:
             refuse_grad()
-        _check(request, q, k, positions, dtype)
-        for name, table in (("cos", cos), ("sin", sin)):
-            check_input(name, table, request.rotary_dim // 2, table_dtype)
         if out is None:
             out = empty(q, k, cos, sin, positions)
-        else:
-            for name, given, x in (("out[0]", out[0], q), ("out[1]", out[1], k)):
-                check_out(name, given, x.shape, dtype)
         if positions.numel():
             rotate(q, k, cos, sin, positions, out)
         return out
 
     return call
-
-
-def _check(request: RotaryEmbeddingRequest, q: Tensor, k: Tensor, positions: Tensor, dtype: torch.dtype) -> None:
-    for name, x, heads in (("q", q, request.num_q_heads), ("k", k, request.num_kv_heads)):
-        check_input(name, x, request.head_dim, dtype)
-        if x.shape[-2] != heads or x.shape[:-2] != positions.shape:
-            raise ValueError(
-                f"{name} is {tuple(x.shape)} and positions {tuple(positions.shape)}: this was bound for {heads} heads, "
-                "and there is one position a token"
-            )
-    if not positions.is_contiguous():
-        raise ValueError(f"positions has strides {tuple(positions.stride())}: pass positions.contiguous()")
 
 
 class _RotateHeads:

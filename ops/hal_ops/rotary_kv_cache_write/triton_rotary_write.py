@@ -24,7 +24,7 @@ from hal_ops._launch import Launch
 from hal_ops._triton_rows import aligned
 from hal_ops.kv_cache.triton_write import DTYPES, quantized
 from hal_ops.rotary_kv_cache_write.op import RotaryKvCacheWriteRequest
-from hal_ops.rows import check_out, empty_like, refuse_grad
+from hal_ops.rows import empty_like, refuse_grad
 
 __all__ = ["constants_of", "rotary_kv_cache_write", "rotary_write_kernel"]
 
@@ -137,7 +137,6 @@ class _RotaryWrite:
     def __init__(self, request: RotaryKvCacheWriteRequest, device: torch.device) -> None:
         constants = constants_of(request)
         self._request = request
-        self._formats = torch_dtype(request.dtype), torch_dtype(request.table_dtype)
         self._launch = Launch(rotary_write_kernel, lambda key: constants, device, num_warps=4)
         self._block_t = constants["BLOCK_T"]
         self._heads = request.num_q_heads + 2 * request.num_kv_heads
@@ -164,8 +163,6 @@ class _RotaryWrite:
             refuse_grad()
         if out is None:
             out = empty_like(q)
-        else:
-            check_out("out", out, q.shape, self._formats[0])
         tokens = q.shape[0]
         if not tokens:
             return out

@@ -44,5 +44,6 @@ SILU_AND_MUL = Op(
     keywords={"call": ("out",)},
     reference={"call": "hal_ops.silu_and_mul.reference:silu_and_mul"},
     cases="hal_ops.silu_and_mul.cases:make_case",
+    check="hal_ops._gate:check",
     traced=Traced("Tensor x", outputs="hal_ops.silu_and_mul.reference:outputs"),
 )
