@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ class Erratum:
         library, versions: a distribution and the specifier of its bad versions (empty: all).
         platform, archs: where (empty: everywhere). when: request field to the constraint that bad values meet.
         severity: ``"wrong"`` or ``"crash"`` refuse; ``"slow"`` is only shown. url: the report.
+
+    Raises:
+        RegistrationError: a field of another type, an unknown severity, or versions that are no specifier.
     """
 
     id: str
@@ -44,6 +48,11 @@ class Erratum:
     platform: str = ""
     archs: tuple[str, ...] = ()
     when: Mapping[str, Constraint] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        fault = next(_faults(self), None)
+        if fault is not None:
+            raise RegistrationError(fault, name=str(self.id))
 
     def matches(self, kernel: Kernel, request: Request, device: Device) -> bool:
         """Whether the row speaks about this kernel, for this request, on this device."""
@@ -77,7 +86,8 @@ class Erratum:
 def load_errata(path: Path) -> tuple[Erratum, ...]:
     """Read errata from a JSON file: a list of rows whose keys are :class:`Erratum`'s fields.
 
-    ``when`` maps a request field to a list of bad values, or to an object with ``min``, ``max`` or ``multiple_of``.
+    ``when`` maps a request field to a list of bad values, or to an object with ``min``, ``max`` or ``multiple_of``. A value
+    that is a tuple in requests (a window) is a list here.
 
     Raises:
         RegistrationError: the file cannot be read, or a row is wrong; the text names the row.
@@ -109,19 +119,68 @@ def _row(row: Any, where: str) -> Erratum:
     missing = [k for k in ("id", "kernels", "summary", "url") if not row.get(k)]
     if missing:
         raise RegistrationError(f"{where}: lacks {', '.join(missing)}")
-    if row.get("severity", "wrong") not in SEVERITIES:
-        raise RegistrationError(f"{where}: severity must be one of {', '.join(SEVERITIES)}")
-    when = {field: _condition(value, f"{where}, when.{field}") for field, value in row.get("when", {}).items()}
+    conditions = row.get("when", {})
+    if not isinstance(conditions, dict):
+        raise RegistrationError(f'{where}: when={conditions!r} must be an object, such as {{"page_size": [8, 16]}}')
+    when = {field: _condition(value, f"{where}, when.{field}") for field, value in conditions.items()}
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
-    values["when"] = when
-    return Erratum(**values)
+    try:
+        return Erratum(**{**values, "when": when})
+    except RegistrationError as error:
+        raise RegistrationError(f"{where}: {error}", name=error.name) from None
+
+
+def _faults(row: Erratum) -> Iterator[str]:
+    for name in ("id", "summary", "url", "severity", "library", "versions", "platform"):
+        if not isinstance(getattr(row, name), str):
+            yield f"{name}={getattr(row, name)!r} must be a text"
+    for name in ("kernels", "archs"):
+        values = getattr(row, name)
+        if not isinstance(values, tuple) or not all(isinstance(v, str) and v for v in values):
+            example = "torch_cpu.*" if name == "kernels" else "x86_64"
+            yield f"{name}={values!r} must be a list of names or patterns, such as [{example!r}]"
+    if row.severity not in SEVERITIES:
+        yield f"severity must be one of {', '.join(SEVERITIES)}"
+    if row.versions and not row.library:
+        yield f"versions={row.versions!r} says nothing without a library"
+    if row.versions and not _is_specifier(row.versions):
+        yield f"versions={row.versions!r} is no specifier: write '=={row.versions}' or '<{row.versions}'"
+    if not isinstance(row.when, Mapping) or not all(isinstance(c, Constraint) for c in row.when.values()):
+        yield f"when={row.when!r} must map fields to constraints"
+
+
+def _is_specifier(text: Any) -> bool:
+    """A look at the operators, which spares most processes the import of ``packaging``."""
+    return isinstance(text, str) and all(
+        part.lstrip().startswith(("<", ">", "=", "!", "~")) for part in text.split(",")
+    )
 
 
 def _condition(value: Any, where: str) -> Constraint:
-    if isinstance(value, list):
-        return OneOf(*value)
+    if isinstance(value, list) and value and not any(isinstance(v, dict) for v in value):
+        return OneOf(*map(_plain, value))
     if isinstance(value, dict) and set(value) == {"multiple_of"}:
-        return MultipleOf(value["multiple_of"])
+        if not _is_number(value["multiple_of"]) or value["multiple_of"] < 1 or value["multiple_of"] % 1:
+            raise RegistrationError(
+                f"{where}: multiple_of={value['multiple_of']!r} must be a whole number of at least 1"
+            )
+        return MultipleOf(int(value["multiple_of"]))
     if isinstance(value, dict) and value and set(value) <= {"min", "max"}:
+        for key, bound in value.items():
+            if not _is_number(bound):
+                raise RegistrationError(f"{where}: {key}={bound!r} must be a number")
+        if value.get("min", -math.inf) > value.get("max", math.inf):
+            raise RegistrationError(
+                f"{where}: min={value['min']} is above max={value['max']}, so that nothing meets it"
+            )
         return Range(value.get("min"), value.get("max"))
     raise RegistrationError(f"{where}: give a list of values, or an object with min, max or multiple_of")
+
+
+def _plain(value: Any) -> Any:
+    """Requests hold tuples where JSON has lists."""
+    return tuple(map(_plain, value)) if isinstance(value, list) else value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

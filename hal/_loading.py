@@ -7,12 +7,15 @@ import logging
 import threading
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hal._platform import PLUGIN_API, Platform
 from hal._registry import Registry, Source
 from hal.errors import PluginError
 from hal_ops import record
+
+if TYPE_CHECKING:
+    from hal._errata import Erratum
 
 __all__ = ["Found", "Loaded", "PluginRecord"]
 
@@ -56,9 +59,12 @@ class Loaded:
         # a name that ours have is refused to others, and not the other way round
         self._left = sorted(found, key=lambda plugin: plugin.name not in RESERVED)
         self._named = named
-        self._errata = errata
         self._failed: list[PluginRecord] = []
+        self._errata: tuple[Erratum, ...] = ()
         self._registry, self._asked = self._built(frozenset())
+        if errata is not None:
+            self._errata = self._of_user(errata)
+            self._registry.add_errata(self._errata)
 
     def registry(self, ops: Collection[str] | None = None, platform: str | None = None) -> Registry:
         """The plugins, with these ops loaded whole; None, or a name that no op has, means all there are.
@@ -115,12 +121,16 @@ class Loaded:
                 break
             # what is not kept by op is there at once, and is held against all of its op
             asked |= {(op, plugin.name) for op, _ in loaded - asked for plugin in self._left}
-        if self._errata is not None:
-            from hal._errata import load_errata
-
-            built.add_errata(load_errata(self._errata))
+        built.add_errata(self._errata)
         built.whole = self.registry
         return built, asked
+
+    def _of_user(self, path: Path) -> tuple[Erratum, ...]:
+        """The rows of a user's file, held against all that there is: who adds none pays for no look at it."""
+        from hal._errata import load_errata
+        from hal._errata_check import checked_errata
+
+        return checked_errata(load_errata(path), f"errata file {path}", self.registry())
 
     def _each(self, *steps: Callable[[Found], None]) -> tuple[Found, BaseException] | None:
         """Take each step with every plugin, up to the first that fails."""

@@ -13,6 +13,7 @@ from typing import Any
 from hal import _plugins
 from hal._constraints import OneOf
 from hal._errata import Erratum
+from hal._errata_check import checked_errata
 from hal._kernel import Kernel
 from hal._libraries import Library
 from hal._platform import PLUGIN_API, Platform
@@ -96,10 +97,22 @@ def declarations(plugin: Plugin) -> Finding:
         )
     if not found.problems:
         try:
-            plugin.registry()
+            found.problems += _errata_problems(platform, plugin.registry())
         except HalError as error:
             found.problems.append(str(error))
     return found
+
+
+def _errata_problems(platform: Platform, registry: Registry) -> list[str]:
+    """What a user's own rows are held to: names of kernels that there are, and values in the form that requests hold."""
+    rows = tuple(platform.errata())
+    held = checked_errata(rows, "errata()", registry)
+    return [
+        f"erratum {row.id!r}: write {name} as {getattr(as_held, name)!r}, which is how devices and requests have it"
+        for row, as_held in zip(rows, held, strict=True)
+        for name in ("archs", "when")
+        if getattr(row, name) != getattr(as_held, name)
+    ]
 
 
 def imports(plugin: Plugin) -> Finding:

@@ -150,7 +150,7 @@ def problems(finding: checks.Finding) -> str:
     ("parts", "says"),
     [
         ({"attributes": 'torch_type = ""'}, "torch_type=''"),
-        ({"attributes": "rank = True"}, "rank=True: give a int"),
+        ({"attributes": 'runtime_name = ""'}, "runtime_name='': give a str"),
         ({"attributes": "api = 7"}, "it speaks plugin API 7"),
         ({"attributes": 'def __init__(self): raise OSError("no driver")'}, "OSError: no driver"),
     ],
@@ -160,6 +160,9 @@ def test_breaches_of_the_contract(plugin: Any, parts: dict[str, str], says: str)
     assert says in problems(checks.contract(plugin(**parts)))
 
 
+ERRATUM = "def errata(self): return [hal.Erratum(id='B-1', summary='s', url='u', kernels=%s)]"
+
+
 @pytest.mark.parametrize(
     ("parts", "says"),
     [
@@ -167,6 +170,14 @@ def test_breaches_of_the_contract(plugin: Any, parts: dict[str, str], says: str)
         ({"declare": "KERNELS.append(KERNELS[0])"}, "answers differently when asked again"),
         ({"fields": '"window_size": hal.Anything(),'}, "field 'window_size' is not in AttentionRequest"),
         ({"declare": "return KERNELS * 2"}, "is registered by boost"),
+        (
+            {"attributes": ERRATUM % "('bost.*',)"},
+            "erratum 'B-1': no kernel here matches 'bost.*'. Did you mean 'boost.*'?",
+        ),
+        (
+            {"attributes": ERRATUM % "('boost.*',), when={'dtype': hal.OneOf('bf16')}"},
+            "erratum 'B-1': write when as {'dtype': OneOf(values=('bfloat16',))}",
+        ),
         ({"attributes": 'name = "cpu"'}, "the name 'cpu' is taken by hal._cpu.CpuPlatform"),
     ],
     ids=str,
