@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 import hal
+from hal import _plugins
+from hal._errata_check import checked_errata
 from hal.errors import RegistrationError
 from hal_ops.attention import AttentionRequest
 
@@ -202,6 +204,15 @@ def test_an_arch_may_be_spelt_as_its_platform_lets_it(with_rows: Any) -> None:
 def test_a_row_in_python_is_held_to_its_types_too() -> None:
     with pytest.raises(RegistrationError, match=r"kernels='lib\.\*' must be a list"):
         hal.Erratum(**{**ROW, "kernels": "lib.*"})
+
+
+@pytest.mark.parametrize("platform", ["nvidia", "rocm", "musa"])
+def test_what_our_platforms_ship_is_about_kernels_that_there_are(platform: str) -> None:
+    registry = _plugins.registry()
+    if platform not in registry.platforms:
+        pytest.skip(f"torch-hal-{platform} is not installed")
+    rows = tuple(registry.platforms[platform].errata())
+    assert checked_errata(rows, platform, registry) == rows
 
 
 def test_a_missing_file_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
