@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from hal.errors import WorkspaceError
+from hal import _devices
+from hal._device import Device
+from hal.errors import InputError, WorkspaceError
 
 if TYPE_CHECKING:
     import torch
@@ -15,6 +17,8 @@ __all__ = ["Workspace", "workspace"]
 
 _pools: dict[tuple[str, int | None], Workspace] = {}
 _lock = threading.Lock()
+_ONE_OF = ("cpu", "meta")
+"""Types of which there is one device, with an index or without."""
 
 
 class Workspace:
@@ -64,10 +68,32 @@ class Workspace:
         return sum(b.numel() for b in self._buffers.values())
 
 
-def workspace(device: torch.device) -> Workspace:
-    """The pool of a device. Two devices never share one."""
-    key = (device.type, device.index)
+def workspace(device: Any) -> Workspace:
+    """The pool of a device. Two devices never share one, and one never has two, whatever it is called.
+
+    ``device`` is anything :func:`hal.device` takes, or a ``torch.device`` that no platform brings. One without an index is
+    the current device of its type.
+
+    Raises:
+        InputError: it is nothing of that kind. DeviceError: there is no device of that name.
+    """
+    import torch
+
+    where = getattr(device, "device", device)  # of a tensor, or a handle
+    if not isinstance(where, torch.device):
+        where = _found(where)
+    index = None
+    if where.type not in _ONE_OF:
+        index = _devices.current_index(where.type) if where.index is None else where.index
     with _lock:
-        if key not in _pools:
-            _pools[key] = Workspace(device)
-        return _pools[key]
+        if (where.type, index) not in _pools:
+            place = torch.device(where.type) if index is None else torch.device(where.type, index)
+            _pools[where.type, index] = Workspace(place)
+        return _pools[where.type, index]
+
+
+def _found(where: Any) -> torch.device:
+    if isinstance(where, bool) or not (where is None or isinstance(where, (Device, str, int))):
+        raise InputError(f"device={where!r}: give a hal.Device, a torch.device, or the name of one, such as 'cpu'")
+    found: torch.device = _devices.device(where).torch_device()
+    return found
