@@ -2,13 +2,38 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
-from hal._kv_cache import KVCache
-from hal._plan import Plan
 from hal.errors import InputError
 
-__all__ = ["check_contiguous", "check_no_gradients", "check_step_kinds", "check_tensor", "check_tensors"]
+__all__ = [
+    "check_contiguous",
+    "check_no_gradients",
+    "check_step_kinds",
+    "check_tensor",
+    "check_tensors",
+    "count",
+    "whole",
+]
+
+
+def whole(value: Any) -> int | None:
+    """A whole number of any kind as Python's own; None of anything else, True and False included."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def count(name: str, value: Any, least: int = 1) -> int:
+    """``value`` is a whole number of at least ``least``."""
+    found = whole(value)
+    if found is None:
+        raise InputError(f"{name}={value!r}: give a whole number of at least {least}")
+    if found < least:
+        raise InputError(f"{name}={found}: give at least {least}")
+    return found
 
 
 def check_tensor(name: str, value: Any) -> None:
@@ -44,8 +69,10 @@ def check_no_gradients(**values: Any) -> None:
             )
 
 
-def check_step_kinds(plan: Any, cache: Any, wanted: type = KVCache) -> None:
+def check_step_kinds(plan: Any, cache: Any, wanted: type) -> None:
     """A step's plan and cache are what their names say."""
+    from hal._plan import Plan
+
     for name, value, kind in (("plan", plan, Plan), ("cache", cache, wanted)):
         if value is None:
             raise InputError(f"{name} is missing: a step takes both a cache and a plan")

@@ -143,7 +143,7 @@ class Attention(Planner):
         extras: dict[str, Any],
     ) -> Any:
         if not isinstance(plan, Plan) or not isinstance(cache, KVCache):
-            check_step_kinds(plan, cache)
+            check_step_kinds(plan, cache, KVCache)
             assert plan is not None
             assert cache is not None
         plan.check_owner(self)

@@ -6,7 +6,7 @@ import itertools
 from typing import TYPE_CHECKING, Any
 
 from hal import _kv_cache
-from hal._argument_kinds import check_contiguous, check_no_gradients, check_tensor
+from hal._argument_kinds import check_contiguous, check_no_gradients, check_tensor, count
 from hal.errors import InputError
 from hal_ops import is_fp8
 from hal_ops.attention import Step
@@ -109,8 +109,8 @@ def check_ragged(
         raise InputError(f"{'cu_seqlens_q' if cu_q is None else 'cu_seqlens_k'} is missing: ragged calls take both")
     _check_tensors(handle, {"q": q, "k": k, "v": v}, 3, "[tokens, heads, dim]")
     _same_length(k, v, 0)
-    check_tensor("cu_seqlens_q", cu_q)
-    check_tensor("cu_seqlens_k", cu_k)
+    _check_form("cu_seqlens_q", cu_q)
+    _check_form("cu_seqlens_k", cu_k)
     if cu_q.shape != cu_k.shape:
         raise InputError(f"cu_seqlens_q has {cu_q.shape[0] - 1} sequences, cu_seqlens_k {cu_k.shape[0] - 1}")
     return {
@@ -121,15 +121,21 @@ def check_ragged(
     }
 
 
-def _check_cumulative(handle: Attention, name: str, cu: Tensor, tokens: int, longest: int | None) -> int:
-    """Check one cumulative array; returns the longest sequence. Accelerators are read only if they must be."""
+def _check_form(name: str, cu: Any) -> None:
     import torch
 
+    check_tensor(name, cu)
     if cu.dtype != torch.int32 or cu.dim() != 1 or not cu.numel():
         raise InputError(f"{name} is {cu.dtype} {tuple(cu.shape)}: give int32 [batch + 1], in tokens")
+
+
+def _check_cumulative(handle: Attention, name: str, cu: Tensor, tokens: int, longest: int | None) -> int:
+    """Check one cumulative array; returns the longest sequence. Accelerators are read only if they must be."""
     if cu.device != handle._torch_device:
         raise InputError(f"{name} is on {cu.device}, the handle on {handle._torch_device}")
     check_contiguous(name, cu)
+    if longest is not None:
+        longest = count(f"max_seqlen_{name[-1]}", longest, 0)
     if longest is not None and cu.device.type != "cpu" and not handle._debug_checks:
         return longest
     values = cu.tolist()

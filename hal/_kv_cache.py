@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from hal._argument_kinds import check_tensor, count
 from hal.errors import InputError
 from hal_ops import dtype_name, is_fp8, torch_dtype
 from hal_ops.attention import AttentionRequest
@@ -14,7 +15,11 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["KVCache", "allocate", "plain"]
+__all__ = ["KVCache", "allocate", "plain", "scale_of"]
+
+
+_TINY, _LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+"""The normal numbers of float32: a smaller one is 0 to some devices."""
 
 
 class KVCache:
@@ -38,11 +43,15 @@ class KVCache:
         Args:
             k, v: the pages, see above.
             layout: ``"NHD"``, ``"HND"`` or ``"HDN"``.
-            k_scale, v_scale: for FP8 formats: a number, a tensor of one element, or of ``num_kv_heads``.
+            k_scale, v_scale: for FP8 formats: a number, a tensor of one element, or of ``num_kv_heads``. All are finite
+                and above 0; what is on a device is not read.
 
         Raises:
-            InputError: an unknown layout, tensors that do not match, or a scale where there is none.
+            InputError: an unknown layout, tensors that do not match, a scale where there is none, or one that nothing can be
+                divided by.
         """
+        check_tensor("k", k)
+        check_tensor("v", v)
         if layout not in KV_LAYOUTS:
             raise InputError(f"layout={layout!r}: choose 'NHD', 'HND' or 'HDN'")
         if k.dtype != v.dtype or k.device != v.device:
@@ -57,14 +66,21 @@ class KVCache:
         self.v_scale: Tensor | None = self._scale("v_scale", v_scale)
         self._checked_by: Any = None
 
-    def _scale(self, name: str, value: Any) -> Tensor | None:
-        import torch
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("k", "v", "layout", "k_scale", "v_scale")}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy is no handle's yet: the first that meets it checks it."""
+        for name, value in state.items():
+            setattr(self, name, value)
+        self._checked_by = None
+
+    def _scale(self, name: str, value: Any) -> Tensor | None:
         if not is_fp8(self.dtype):
             if value is not None:
                 raise InputError(f"{name} is given, and the cache is {self.dtype}: only FP8 caches are scaled")
             return None
-        scale = torch.as_tensor(1.0 if value is None else value, dtype=torch.float32, device=self.k.device).reshape(-1)
+        scale = scale_of(name, value, self.k.device)
         if scale.numel() not in (1, self.num_kv_heads):
             raise InputError(f"{name} has {scale.numel()} values: give one, or one a kv head ({self.num_kv_heads})")
         return scale.contiguous()
@@ -102,6 +118,37 @@ class KVCache:
         )
 
 
+def scale_of(name: str, value: Any, device: torch.device) -> Tensor:
+    """The scales of an FP8 cache in one dim, float32 on its device; None is 1. What the host has of them is checked.
+
+    Raises:
+        InputError: they are no numbers, or one is not finite or not above 0 in float32.
+    """
+    import torch
+
+    given = 1.0 if value is None else value
+    if not isinstance(given, torch.Tensor):
+        try:
+            given = torch.as_tensor(given, dtype=torch.float32, device="cpu")
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise InputError(f"{name}={value!r}: give a number, or a tensor of them ({error})") from error
+    scale = given.to(device, torch.float32).reshape(-1)
+    if not all(_TINY <= x <= _LARGEST for x in _numbers(value, given)):
+        raise InputError(f"{name}={value!r}: entries are stored divided by it: give finite numbers above 0")
+    return scale
+
+
+def _numbers(value: Any, tensor: Tensor) -> list[float]:
+    """What is given, as far as nothing has to be waited for, or made up by a compiler, to know it."""
+    import torch
+
+    if value is None or isinstance(value, (int, float)):
+        return [1.0 if value is None else value]
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.device.type != "cpu":
+        return []
+    return [float(x) for x in tensor.reshape(-1).tolist()]
+
+
 def _check_shapes(k: Tensor, v: Tensor, layout: str) -> None:
     shapes = f"k {tuple(k.shape)} and v {tuple(v.shape)}"
     if layout != VECTORS:
@@ -128,8 +175,7 @@ def allocate(request: AttentionRequest, num_pages: int, device: torch.device, k_
     """A cache for a decided request, zero-filled."""
     import torch
 
-    if num_pages < 1:
-        raise InputError(f"num_pages={num_pages}: give at least 1")
+    num_pages = count("num_pages", num_pages)
     shapes = page_shapes(
         request.kv_layout,
         int(request.page_size),

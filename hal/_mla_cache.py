@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from hal._argument_kinds import check_tensor
-from hal._kv_cache import far_slots
+from hal._argument_kinds import check_tensor, count
+from hal._kv_cache import far_slots, scale_of
 from hal.errors import InputError
 from hal_ops import dtype_name, is_fp8, torch_dtype
 
@@ -32,11 +32,12 @@ class MlaCache:
 
         Args:
             data: the pages.
-            kv_scale: for FP8 formats: a number or a tensor of one element; default 1.
+            kv_scale: for FP8 formats: a number or a tensor of one element, finite and above 0; default 1.
 
         Raises:
             InputError: it does not have three dims, its entries are not contiguous, or a scale does not fit.
         """
+        check_tensor("data", data)
         if data.dim() != 3:
             raise InputError(f"the cache is {tuple(data.shape)}: give [num_pages, page_size, kv_lora_rank + rope]")
         if data.stride(2) != 1:
@@ -45,6 +46,14 @@ class MlaCache:
         self.kv_scale: Tensor | None = self._scale(kv_scale)
         self._checked_by: Any = None
         self._parts: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"data": self.data, "kv_scale": self.kv_scale}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy is no handle's yet: the first that meets it checks it."""
+        self.data, self.kv_scale = state["data"], state["kv_scale"]
+        self._checked_by = self._parts = None
 
     def parts(self, rank: int) -> tuple[Tensor, Tensor]:
         """Latents and rotated keys as pages of one head, ``[num_pages, page_size, 1, dim]``: views, made once."""
@@ -55,16 +64,14 @@ class MlaCache:
         return kept[1], kept[2]
 
     def _scale(self, value: Any) -> Tensor | None:
-        import torch
-
         if not is_fp8(self.dtype):
             if value is not None:
                 raise InputError(f"kv_scale is given, and the cache is {self.dtype}: only FP8 caches are scaled")
             return None
-        scale = torch.as_tensor(1.0 if value is None else value, dtype=torch.float32, device=self.data.device)
+        scale = scale_of("kv_scale", value, self.data.device)
         if scale.numel() != 1:
             raise InputError(f"kv_scale has {scale.numel()} values: give one, for latents and rotated keys together")
-        return scale.reshape(1)
+        return scale
 
     @property
     def num_pages(self) -> int:
@@ -92,8 +99,7 @@ def allocate(handle: MlaAttention, num_pages: int, kv_scale: Any) -> MlaCache:
     """A zero-filled cache of a handle's format. torch 2.6.0 fills none of FP8: its zeros are bytes."""
     import torch
 
-    if num_pages < 1:
-        raise InputError(f"num_pages={num_pages}: give at least 1")
+    num_pages = count("num_pages", num_pages)
     format_ = torch_dtype(handle.request.kv_dtype)
     size = (num_pages, int(handle.request.page_size), handle.request.entry_dim)
     stored = torch.uint8 if is_fp8(handle.request.kv_dtype) else format_

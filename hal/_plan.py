@@ -7,6 +7,8 @@ import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from hal._argument_kinds import count
+from hal._in_process import InProcess
 from hal._step_inputs import host_lengths, page_table
 from hal.errors import InputError, PlanMismatchError
 from hal_ops.attention import Step
@@ -23,7 +25,7 @@ _numbers = itertools.count(1)
 _plans: weakref.WeakValueDictionary[int, Plan] = weakref.WeakValueDictionary()
 
 
-class Plan:
+class Plan(InProcess):
     """What a handle needs to know about one step. Made by ``handle.plan(...)``, opaque, and only for that handle.
 
     ``phase`` is the phase that serves the step; ``write`` says when this step's k and v go into the cache:
@@ -33,6 +35,7 @@ class Plan:
     addresses stay the same, and tails are zeroed.
     """
 
+    _instead = "send the step's q_lens, kv_lens and block_table, and call plan() on the handle there"
     __slots__ = ("__weakref__", "_buffers", "_owner", "_payload", "_run", "_step", "_token", "phase", "write")
 
     def __init__(
@@ -133,10 +136,9 @@ class Buffers:
 
         self._most_queries = most_queries
 
-        self.sizes: dict[str, int] = {"max_batch": max_batch, "max_tokens": max_tokens, "max_pages": max_pages}
-        for name, value in self.sizes.items():
-            if value < 1:
-                raise InputError(f"{name}={value}: give at least 1")
+        sizes = {"max_batch": max_batch, "max_tokens": max_tokens, "max_pages": max_pages}
+        self.sizes: dict[str, int] = {name: count(name, value) for name, value in sizes.items()}
+        max_batch, max_tokens, max_pages = self.sizes.values()
         self.cu_seqlens_q: Tensor = torch.zeros(max_batch + 1, dtype=torch.int32, device=device)
         self.cu_seqlens_k: Tensor = torch.zeros(max_batch + 1, dtype=torch.int32, device=device)
         self.kv_lens: Tensor = torch.zeros(max_batch, dtype=torch.int32, device=device)
@@ -190,16 +192,19 @@ class Buffers:
         )
 
 
-def make_step(q_lens: Any, kv_lens: Any, block_table: Any, page_size: int, device: torch.device) -> Step:
+def make_step(
+    q_lens: Any, kv_lens: Any, block_table: Any, page_size: int, device: torch.device, *, debug: bool = False
+) -> Step:
     """The neutral metadata of a step, checked.
 
-    Lengths and tables may be sequences, host tensors or device tensors; host lengths cause no synchronisation.
+    Lengths and tables may be sequences, host tensors or device tensors; host lengths cause no synchronisation. With
+    ``debug`` a table on the device is read, and checked, too.
 
     Raises:
         InputError: lengths that disagree, a table that is too small, or entries out of their types.
     """
     q_host, kv_host = host_lengths(q_lens, kv_lens)
-    table = page_table(block_table, kv_host, page_size, device)
+    table = page_table(block_table, kv_host, page_size, device, debug=debug)
     return Step(
         batch=len(q_host),
         num_tokens=sum(q_host),

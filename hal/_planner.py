@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from hal._argument_kinds import count
+from hal._in_process import InProcess
 from hal._plan import Buffers, Plan, make_step
 from hal.errors import InputError, did_you_mean
 from hal_ops.attention import Step
@@ -15,12 +17,14 @@ if TYPE_CHECKING:
 __all__ = ["Planner"]
 
 
-class Planner:
+class Planner(InProcess):
     """Makes and refills plans. A subclass holds bound kernels and says which phase serves a step."""
 
+    _instead = "send its arguments, and ask for the handle where it is used (equal requests give the same handle)"
     _implementations: Mapping[str, Any]
     _torch_device: torch.device
     _max_q_len: int
+    _debug_checks: bool
     _graph: bool
     """Whether graphs may hold plans: what a launch depends on beside tensors is then that of any step."""
     _traced = False
@@ -59,17 +63,18 @@ class Planner:
                 this step best.
 
         Raises:
-            InputError: lengths that disagree, a table too small, or a step that ``phase``, or none of the handle's phases,
-                serves.
+            InputError: lengths that disagree, a table too small or with a page that is no index, a size below 1, or a
+                step that ``phase``, or none of the handle's phases, serves.
         """
-        step = make_step(q_lens, kv_lens, block_table, self._page_size(), self._torch_device)
+        step = self._step(q_lens, kv_lens, block_table)
         phase, write = self._route(step) if phase is None else self._asked(phase, step)
         buffers = None
         if max_batch is not None:
-            tokens = max_tokens or max_batch * self._max_q_len
+            rows = count("max_batch", max_batch)
+            tokens = rows * self._max_q_len if max_tokens is None else count("max_tokens", max_tokens)
             most = None if not self._graph else self._max_q_len if phase == "decode" else tokens
-            pages = max_pages or max(1, step.block_table.shape[1])
-            buffers = Buffers(max_batch, tokens, pages, self._torch_device, most)
+            pages = max(1, step.block_table.shape[1]) if max_pages is None else max_pages
+            buffers = Buffers(rows, tokens, pages, self._torch_device, most)
             step = buffers.fill(step)
         elif max_tokens is not None or max_pages is not None:
             raise InputError("max_tokens and max_pages go with max_batch")
@@ -78,9 +83,12 @@ class Planner:
         self._prepare(plan)
         return plan
 
+    def _step(self, q_lens: Any, kv_lens: Any, block_table: Any) -> Step:
+        return make_step(q_lens, kv_lens, block_table, self._page_size(), self._torch_device, debug=self._debug_checks)
+
     def _refill(self, plan: Plan, q_lens: Any, kv_lens: Any, block_table: Any) -> None:
         assert plan._buffers is not None
-        step = make_step(q_lens, kv_lens, block_table, self._page_size(), self._torch_device)
+        step = self._step(q_lens, kv_lens, block_table)
         why = self._why_not(plan.phase, step)
         if why:
             raise InputError(f"the plan is for the {plan.phase} phase, and {why}: make another plan for this step")

@@ -5,10 +5,10 @@ What is on the host is read in full, since a page that is wrong there is another
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from hal._argument_kinds import whole
 from hal.errors import InputError
 
 if TYPE_CHECKING:
@@ -50,21 +50,18 @@ def _lengths(name: str, values: Any) -> tuple[int, ...]:
 
 def _length(name: str, row: int, value: Any) -> int:
     """A length that is not plainly one: a number of numpy's, say."""
-    length = _whole(value)
+    length = whole(value)
     if length is None or length < 0:
         raise InputError(f"{name}[{row}]={value!r}: a length is a whole number of tokens, at least 0")
     return length
 
 
-def _whole(value: Any) -> int | None:
-    try:
-        return None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        return None
-
-
-def page_table(block_table: Any, kv_lens: tuple[int, ...], page_size: int, device: torch.device) -> Tensor:
+def page_table(
+    block_table: Any, kv_lens: tuple[int, ...], page_size: int, device: torch.device, *, debug: bool = False
+) -> Tensor:
     """The block table as an int32 tensor on the device, contiguous: several libraries know its rows by their width alone.
+
+    With ``debug`` a table on a device is read too.
 
     Raises:
         InputError: it is no table of page indices, or has too few pages for a row.
@@ -87,9 +84,37 @@ def page_table(block_table: Any, kv_lens: tuple[int, ...], page_size: int, devic
             f"block_table has {table.shape[1]} pages a row, and the longest kv_len ({longest}) takes {pages} "
             f"of {page_size} tokens"
         )
+    if table is block_table and (debug or table.device.type == "cpu"):
+        _check_used(table, kv_lens, page_size, pages)
     own = table is not block_table or table.dtype != torch.int32
     there: Tensor = staged(table.to(torch.int32), device, own=own).to(device, non_blocking=True)
     return there.contiguous()
+
+
+def _check_used(table: Tensor, kv_lens: tuple[int, ...], page_size: int, pages: int) -> None:
+    """Cast to int32, a page past it would be another row's; a negative one makes a slot that writes skip.
+
+    The least and the most of all entries say enough of most tables; what lies past a row's last page may hold anything.
+    """
+    import torch
+
+    host = table.cpu()
+    if not pages or _are_pages(host):
+        return
+    counts = torch.tensor([-(-length // page_size) for length in kv_lens])
+    used = host[:, :pages].masked_fill(torch.arange(pages) >= counts[:, None], 0)
+    if not _are_pages(used):
+        row, column = ((used < 0) | (used > _MOST)).nonzero()[0].tolist()
+        raise _no_page(row, column, int(used[row, column]))
+
+
+def _are_pages(table: Tensor) -> bool:
+    import torch
+
+    if table.dtype == torch.int32:
+        return int(table.amin()) >= 0
+    least, most = torch.aminmax(table)
+    return int(least) >= 0 and int(most) <= _MOST
 
 
 def _rows(block_table: Any) -> list[Sequence[int]]:
@@ -108,7 +133,7 @@ def _row(i: int, row: Any) -> Sequence[int]:
         return row
     pages = []
     for column, page in enumerate(row):
-        index = _whole(page)
+        index = whole(page)
         if index is None:
             raise InputError(f"block_table[{i}][{column}]={page!r}: a page index is a whole number")
         pages.append(index)
@@ -127,13 +152,18 @@ def _from_rows(rows: list[Sequence[int]], kv_lens: tuple[int, ...], page_size: i
                 f"block_table[{i}] has {len(row)} pages, and its kv_len ({kv_len}) takes {pages} of {page_size} tokens"
             )
         if row and (min(row) < 0 or max(row) > _MOST):
-            _check_pages(i, row, pages)
+            _check_pages(i, row[:pages])
+            _check_pages(i, row, least=-_MOST)
     filled = [[*row, *([0] * (width - len(row)))] for row in rows]
     return torch.tensor(filled, dtype=torch.int32).reshape(len(rows), width)
 
 
-def _check_pages(i: int, row: Sequence[int], used: int) -> None:
+def _check_pages(i: int, row: Sequence[int], least: int = 0) -> None:
     """Past its last page a row may hold anything that is int32."""
     for column, page in enumerate(row):
-        if page > _MOST or page < (0 if column < used else -_MOST):
-            raise InputError(f"block_table[{i}][{column}] is {page}: a page index is from 0 to {_MOST}")
+        if not least <= page <= _MOST:
+            raise _no_page(i, column, page)
+
+
+def _no_page(row: int, column: int, page: int) -> InputError:
+    return InputError(f"block_table[{row}][{column}] is {page}: a page index is from 0 to {_MOST}")

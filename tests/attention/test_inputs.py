@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -230,13 +231,70 @@ def test_steps() -> None:  # requirement P35
     assert not cache.k.any()
 
 
+SCALES = (
+    0,
+    0.0,
+    -1.0,
+    float("nan"),
+    float("inf"),
+    1e300,
+    1e-50,
+    torch.zeros(1),
+    torch.tensor(float("nan")),
+    [1.0, -2.0],
+)
+
+
+@pytest.mark.parametrize("value", [*SCALES, "x", 10**400, ["x"]], ids=lambda x: repr(x)[:16])
+def test_scales_that_nothing_can_be_divided_by(value: Any) -> None:  # requirement B6
+    handle = hal.get_attention(**{**SMALL, "dtype": "bfloat16", "kv_dtype": "float8_e4m3fn", "kv_scale": "head"})
+    pages = handle.allocate_kv_cache(1, v_scale=[0.5, 2])
+    latent = hal.get_mla_attention(
+        num_q_heads=2, kv_lora_rank=16, qk_rope_head_dim=8, kv_dtype="float8_e4m3fn", device="cpu"
+    )
+    text = "give finite numbers above 0" if any(value is x for x in SCALES) else "give a number, or a tensor of them"
+    for make in (
+        lambda: handle.allocate_kv_cache(1, k_scale=value),
+        lambda: hal.KVCache(pages.k, pages.v, layout=pages.layout, v_scale=value),
+        lambda: latent.allocate_kv_cache(1, kv_scale=value),
+    ):
+        with pytest.raises(InputError, match=f"_scale=.*{text}"):
+            make()
+
+
+def test_caches_of_no_tensors() -> None:
+    pages = torch.zeros(2, 4, 2, 8)
+    for k, v, text in (([1], [2], "k is a list"), (pages, None, "v is None"), (pages, pages.numpy(), "v is a numpy")):
+        with pytest.raises(InputError, match=f"{text}.*: give a tensor"):
+            hal.KVCache(k, v, layout="NHD")
+    with pytest.raises(InputError, match="data is a list: give a tensor"):
+        hal.MlaCache([1])
+
+
+@pytest.mark.parametrize("name", ["cu_seqlens_q", "cu_seqlens_k"])
+@pytest.mark.parametrize("shape", [(), (1, 2), (0,)])
+def test_cumulative_lengths_of_other_shapes(name: str, shape: tuple[int, ...]) -> None:  # requirement D3
+    handle = hal.get_attention(**SMALL)
+    given = {"cu_seqlens_q": cu(0, 3), "cu_seqlens_k": cu(0, 3), name: torch.zeros(shape, dtype=torch.int32)}
+    with pytest.raises(InputError, match=rf"{name} is torch.int32 {re.escape(str(shape))}: give int32 \[batch \+ 1\]"):
+        handle(q(3), k(3), k(3), **given)
+
+
+@pytest.mark.parametrize("name", ["max_seqlen_q", "max_seqlen_k"])
+@pytest.mark.parametrize("value", ["3", 3.0, True, -1])
+def test_maxima_that_are_no_lengths(name: str, value: Any) -> None:  # requirement D3
+    handle = hal.get_attention(**SMALL)
+    with pytest.raises(InputError, match=f"{name}={value!r}: give .*at least 0"):
+        handle(q(3), k(3), k(3), cu_seqlens_q=cu(0, 3), cu_seqlens_k=cu(0, 3), **{name: value})
+
+
 def test_pages_out_of_range_are_found_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HAL_DEBUG_CHECKS", "1")
     handle = hal.get_attention(**SMALL, window=3)
     cache = handle.allocate_kv_cache(2)
-    for table in ([[0, 2]], [[-1, 0]]):
+    for table in ([[0, 2]], [[77, 0]]):
         plan = handle.plan(q_lens=[1], kv_lens=[5], block_table=torch.tensor(table))
-        with pytest.raises(InputError, match=r"block_table\[0\]\[\d\] is page -?\d, and the cache has 2"):
+        with pytest.raises(InputError, match=r"block_table\[0\]\[\d\] is page \d+, and the cache has 2"):
             handle(q(1), k(1) + 1, k(1) + 1, cache=cache, plan=plan)
     assert not cache.k.any()
     fine = handle.plan(q_lens=[1], kv_lens=[3], block_table=[[1, 77]])

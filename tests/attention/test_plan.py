@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import hal
+from hal._plan import make_step
 from hal._portable import PortablePlatform
-from hal.errors import InputError, WorkspaceError
+from hal.errors import DeviceError, InputError, WorkspaceError
 
 SMALL: dict[str, Any] = {
     "num_q_heads": 4,
@@ -81,7 +82,6 @@ def test_changed_lengths_in_the_same_tensor_are_seen(planner: Any) -> None:  # r
 @pytest.mark.parametrize("kernel", ["torch_cpu", "reference"])
 def test_host_lengths_cause_no_synchronisation(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:  # requirement P38
     handle = hal.get_attention(**SMALL, kernel=kernel)
-    table = torch.zeros(2, 2, dtype=torch.int32)
 
     def synchronises(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("the plan reads a tensor back")
@@ -89,7 +89,17 @@ def test_host_lengths_cause_no_synchronisation(monkeypatch: pytest.MonkeyPatch, 
     for name in ("item", "cpu", "tolist", "numpy", "__int__", "__bool__", "__index__", "nonzero"):
         monkeypatch.setattr(torch.Tensor, name, synchronises)
     for q_lens in ([1, 1], [3, 2]):
-        handle.plan(q_lens=q_lens, kv_lens=[5, 7], block_table=table)
+        handle.plan(q_lens=q_lens, kv_lens=[5, 7], block_table=[[0, 0], [0, 0]])
+
+
+def test_a_table_on_a_device_is_read_for_debug_checks_alone() -> None:  # requirement P38
+    """A meta tensor is one that cannot be read."""
+    place = torch.device("meta")
+    for dtype in (torch.int32, torch.int64):
+        table = torch.zeros(2, 2, dtype=dtype, device=place)
+        assert make_step([1, 1], [5, 7], table, 4, place).block_table.dtype == torch.int32
+        with pytest.raises(NotImplementedError, match="meta tensor"):
+            make_step([1, 1], [5, 7], table, 4, place, debug=True)
 
 
 def addresses(plan: Any) -> list[int]:
@@ -366,3 +376,44 @@ def test_workspaces_belong_to_a_device_and_freeze() -> None:  # requirement X13,
     assert caught.value.owner == "fa.decode"
     assert hal.workspace(torch.device("cpu")) is hal.workspace(torch.device("cpu"))
     assert hal.workspace(torch.device("cpu")) is not hal.workspace(torch.device("meta"))
+
+
+def test_a_device_has_one_workspace_whatever_it_is_called(fake_platform: Any) -> None:  # requirement X13
+    handle = hal.get_attention(**SMALL)
+    pool = hal.workspace(torch.device("cpu"))
+    for same in (torch.device("cpu", 0), "cpu", "cpu:0", handle.device, handle, torch.zeros(1)):
+        assert hal.workspace(same) is pool
+    assert pool.get("one", 8).device == torch.device("cpu")
+    current = hal.workspace(torch.device("xpu"))
+    assert hal.workspace(torch.device("xpu", 0)) is current is not hal.workspace(torch.device("xpu", 1))
+    for wrong in (True, 1.5, b"cpu", ["cpu"]):
+        with pytest.raises(InputError, match=r"device=.*: give a hal\.Device, a torch\.device, or the name"):
+            hal.workspace(wrong)
+    with pytest.raises(DeviceError, match="There is no device 'gpu'"):
+        hal.workspace("gpu")
+
+
+@pytest.mark.parametrize("latent", [False, True])
+@pytest.mark.parametrize(
+    ("sizes", "text"),
+    [
+        ({"max_tokens": 0}, "max_tokens=0: give at least 1"),
+        ({"max_pages": 0}, "max_pages=0: give at least 1"),
+        ({"max_batch": 0}, "max_batch=0: give at least 1"),
+        ({"max_batch": 2.0}, r"max_batch=2\.0: give a whole number"),
+        ({"max_batch": True}, "max_batch=True: give a whole number"),
+        ({"max_batch": "2"}, "max_batch='2': give a whole number"),
+        ({"max_tokens": 4.5}, r"max_tokens=4\.5: give a whole number"),
+        ({"max_pages": "1"}, "max_pages='1': give a whole number"),
+    ],
+)
+def test_sizes_that_are_none(sizes: dict[str, Any], text: str, latent: bool) -> None:  # requirement P24
+    dims = {"num_q_heads": 2, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "dtype": "float32", "device": "cpu"}
+    handle: Any = hal.get_mla_attention(**dims) if latent else hal.get_attention(**SMALL)
+    step = {"q_lens": [1, 1], "kv_lens": [3, 2], "block_table": [[0], [1]]}
+    with pytest.raises(InputError, match=text):
+        handle.plan(**step, **{"max_batch": 2, **sizes})
+    with pytest.raises(InputError, match=r"num_pages=2\.5: give a whole number of at least 1"):
+        handle.allocate_kv_cache(2.5)
+    plan = handle.plan(**step, max_batch=torch.tensor(2), max_tokens=2)
+    assert plan._buffers.sizes == {"max_batch": 2, "max_tokens": 2, "max_pages": 1}

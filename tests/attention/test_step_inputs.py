@@ -58,6 +58,48 @@ def test_what_is_no_step(step: dict[str, Any], text: str) -> None:  # requiremen
         hal.get_mla_attention(**LATENT).plan(**step)
 
 
+TABLES: dict[str, Any] = {
+    "int32 tensor": lambda rows: torch.tensor(rows).to(torch.int32),
+    "int64 tensor": torch.tensor,
+    "array": np.array,
+    "list": list,
+}
+
+
+@pytest.mark.parametrize("kind", TABLES)
+@pytest.mark.parametrize(
+    ("rows", "where"),
+    [
+        ([[-1, 0], [1, 2]], r"\[0\]\[0\] is -1"),
+        ([[0, 3], [1, -7]], r"\[1\]\[1\] is -7"),
+        ([[2**32 + 1, 0], [1, 2]], r"\[0\]\[0\] is 4294967297"),
+        ([[0, -1], [2**31, 2]], r"\[1\]\[0\] is 2147483648"),
+    ],
+)
+def test_a_page_that_is_none_is_found_in_any_table_of_the_host(kind: str, rows: Any, where: str) -> None:
+    # requirement D9
+    if kind == "int32 tensor" and max(map(max, rows)) >= 2**31:
+        return
+    for handle in (hal.get_attention(**SMALL), hal.get_mla_attention(**LATENT)):
+        plan = handle.plan(q_lens=[1, 1], kv_lens=[3, 5], block_table=[[0, 0], [1, 2]], max_batch=2)
+        step = {"q_lens": [1, 1], "kv_lens": [3, 6], "block_table": TABLES[kind](rows)}
+        with pytest.raises(InputError, match=rf"block_table{where}: a page index is from 0 to 2147483647"):
+            handle.plan(**step)
+        with pytest.raises(InputError, match="a page index is from 0 to"):
+            plan.update(**step)
+        assert plan._step.kv_lens.tolist() == [3, 5]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_what_lies_past_the_last_page_may_be_anything(dtype: torch.dtype) -> None:  # requirement D9
+    table = torch.tensor([[5, -1, -(2**31)], [2, 4, 2**31 - 1]]).to(dtype)
+    if dtype == torch.int64:
+        table[0, 2] = 2**40
+    for handle in (hal.get_attention(**SMALL), hal.get_mla_attention(**LATENT)):
+        assert handle.plan(q_lens=[1, 2], kv_lens=[3, 8], block_table=table)._step.slot_mapping.tolist() == [22, 18, 19]
+        assert handle.plan(q_lens=[0, 0], kv_lens=[0, 0], block_table=table).num_tokens == 0
+
+
 def test_a_row_that_is_too_short_changes_no_plan() -> None:
     handle = hal.get_attention(**SMALL)
     plan = handle.plan(q_lens=[1, 1], kv_lens=[9, 9], block_table=[[0, 1, 2], [3, 4, 5]], max_batch=2)
