@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from hal import _devices, _plugins, _selection, _settings
+from hal import _devices, _kept, _plugins, _selection, _settings
 from hal._attention import Attention, check_needs_cache
 from hal._bind import bind
 from hal._device import Device
-from hal._handle_key import forget_states, key_of
+from hal._in_process import InProcess
+from hal._kept import receipts as receipts
 from hal._selection import Selection
 from hal.errors import InputError, did_you_mean
 from hal_ops import AUTO, Request
@@ -19,10 +20,6 @@ from hal_ops.attention import AttentionRequest
 from hal_ops.kv_cache import KvCacheWriteRequest
 
 __all__ = ["BoundOp", "get_attention", "get_attentions", "get_op", "receipts"]
-
-_handles: dict[Any, Any] = {}
-_decided: dict[tuple[str, str, str], Selection] = {}
-_lock = threading.RLock()
 
 
 def get_attention(
@@ -57,7 +54,7 @@ def get_attention(
 ) -> Attention:
     """Attention for this machine: the best kernels that are installed and compute the right thing, bound.
 
-    All choosing happens here; the handle only calls. Equal arguments give the same handle.
+    All choosing happens here; the handle only calls. Equal requests give the same handle, however they are written.
 
     Args:
         num_q_heads, num_kv_heads: heads. head_dim, v_head_dim: elements a head; the second defaults to the first.
@@ -90,14 +87,12 @@ def get_attention(
     fields = dict(locals())
     where, forced, traced = fields.pop("device"), fields.pop("kernel"), fields.pop("compile")
     fields["phases"] = phases if phases is None or isinstance(phases, str) else tuple(phases)
-    key = key_of("attention, traced" if traced else "attention", fields, where, forced)
-    if key is not None and key in _handles:
-        return _handles[key]  # type: ignore[no-any-return]
-    request = AttentionRequest(**fields)
-    handle = _attention(lambda: _selection.select(request, device=where, kernel=forced), traced)
-    if key is not None:
-        _remember(key, handle)
-    return handle
+
+    def make(request: Request) -> Attention:
+        return _attention(lambda: _selection.select(request, device=where, kernel=forced), traced, forced)
+
+    kept: Attention = _kept.handle(_kind(traced), fields, where, forced, lambda: AttentionRequest(**fields), make)
+    return kept
 
 
 def get_attentions(
@@ -112,7 +107,7 @@ def get_attentions(
     ``layers`` holds mappings of :func:`get_attention`'s arguments, or ``AttentionRequest`` objects; ``device``, ``kernel``
     and ``compile`` are as there.
 
-    What one layer names of these, layers that leave it open get too.
+    What one layer names of these, layers that leave it open get too. Layers with equal requests share one handle.
 
     Raises:
         InputError: layers that ask for different page sizes, layouts or KV dtypes; the clash is named.
@@ -121,10 +116,23 @@ def get_attentions(
     requests = _with_common([x if isinstance(x, AttentionRequest) else AttentionRequest(**x) for x in layers])
     where = _devices.device(device)
 
-    def decide(i: int) -> Selection:
-        return _selection.select_together(requests, device=where, kernel=kernel)[i]
+    def decide() -> list[Selection]:
+        return list(_selection.select_together(requests, device=where, kernel=kernel))
 
-    return tuple(_attention(lambda i=i: decide(i), compile) for i in range(len(requests)))
+    decided = decide()
+
+    def decisions(i: int) -> Iterator[Selection]:
+        """Of layer i: the common one, and others if its kernels turn out to be broken."""
+        yield decided[i]
+        while True:
+            decided[:] = decide()
+            yield decided[i]
+
+    made: dict[AttentionRequest, Attention] = {}
+    for i, request in enumerate(requests):
+        if request not in made:
+            made[request] = _attention(functools.partial(next, decisions(i)), compile, kernel)
+    return tuple(made[request] for request in requests)
 
 
 def _with_common(requests: Sequence[AttentionRequest]) -> list[AttentionRequest]:
@@ -148,16 +156,30 @@ def _filled(request: AttentionRequest, named: Mapping[str, Any]) -> AttentionReq
     return request.replace(**given) if given and check_needs_cache(request) else request
 
 
-def _attention(decide: Any, traced: bool) -> Attention:
-    selection, made = bind(decide)
-    _keep_receipt(selection)
+def _kind(traced: bool) -> str:
+    return "attention, traced" if traced else "attention"
+
+
+def _attention(decide: Callable[[], Selection], traced: bool, kernel: Any = None) -> Attention:
+    first = [decide()]
+
+    def make() -> tuple[Selection, Attention]:
+        selection, made = bind(lambda: first.pop() if first else decide())
+        return selection, _bound(selection, made, traced)
+
+    found: Attention = _kept.together(_kind(traced), first[0], kernel, make)
+    return found
+
+
+def _bound(selection: Selection, made: Mapping[str, Any], traced: bool) -> Attention:
+    _kept.keep_receipt(selection)
     write_selection, write = None, None
     decided = selection.request
     assert isinstance(decided, AttentionRequest)
     if check_needs_cache(decided):
         wanted = write_request(decided)
         write_selection, written = bind(lambda: _selection.select(wanted, device=selection.device))
-        _keep_receipt(write_selection)
+        _kept.keep_receipt(write_selection)
         write = written["call"]
     debug = _settings.current()["debug_checks"]
     kind = Attention
@@ -182,10 +204,11 @@ def write_request(request: AttentionRequest) -> KvCacheWriteRequest:
     )
 
 
-class BoundOp:
+class BoundOp(InProcess):
     """An op of one phase, bound: call it, or take ``fn``, the chosen kernel's function with the checks of its op."""
 
-    __slots__ = ("device", "fn", "request", "selection")
+    _instead = "send its arguments, and ask for the op where it is used (equal requests give the same handle)"
+    __slots__ = ("__weakref__", "device", "fn", "request", "selection")
 
     def __init__(self, selection: Selection, fn: Any) -> None:
         self.selection: Selection = selection
@@ -227,22 +250,28 @@ def get_op(
         NoKernelError: no kernel can serve the request, or what is forced cannot.
         InputError: with ``compile=True``: the op's contract has no schema, or it works in place and needs gradients.
     """
-    key = key_of(name, {**fields, "compile": compile}, device, kernel)
-    if key is not None and key in _handles:
-        return _handles[key]  # type: ignore[no-any-return]
-    op = _plugins.registry((name,), "portable").op(name)  # the contract is all it takes
-    if op.phases != ("call",):
-        raise TypeError(f"op {name!r} has phases {', '.join(op.phases)}: use hal.get_attention() or hal.select()")
+
+    def ask() -> Request:
+        op = _plugins.registry((name,), "portable").op(name)  # the contract is all it takes
+        if op.phases != ("call",):
+            raise TypeError(f"op {name!r} has phases {', '.join(op.phases)}: use hal.get_attention() or hal.select()")
+        return _request(op.request, name, fields)
+
+    def make(request: Request) -> BoundOp:
+        return _op(lambda: _selection.select(request, device=device, kernel=kernel), compile)
+
+    written = {"op": name, "fields": tuple(fields.items())}
+    kept: BoundOp = _kept.handle("op, traced" if compile else "op", written, device, kernel, ask, make)
+    return kept
+
+
+def _op(decide: Callable[[], Selection], traced: bool) -> BoundOp:
     from hal._checked import checked, keeps_gradients
 
-    request = _request(op.request, name, fields)
-    selection, made = bind(lambda: _selection.select(request, device=device, kernel=kernel))
-    _keep_receipt(selection)
+    selection, made = bind(decide)
+    _kept.keep_receipt(selection)
     fn = checked(selection, made["call"])
-    handle = BoundOp(selection, keeps_gradients(selection, _traceable(selection, fn) if compile else fn))
-    if key is not None:
-        _remember(key, handle)
-    return handle
+    return BoundOp(selection, keeps_gradients(selection, _traceable(selection, fn) if traced else fn))
 
 
 def _traceable(selection: Selection, fn: Any) -> Any:
@@ -259,28 +288,3 @@ def _request(cls: type[Request], name: str, fields: Mapping[str, Any]) -> Reques
                 f"op {name!r} has no field {field!r}.{did_you_mean(field, known)} Fields: {', '.join(known)}"
             )
     return cls(**fields)
-
-
-def _remember(key: Any, handle: Any) -> None:
-    with _lock:
-        if len(_handles) >= 4096:
-            _handles.clear()
-        _handles[key] = handle
-
-
-def _keep_receipt(selection: Selection) -> None:
-    key = (selection.asked.digest(), selection.device.platform, selection.device.arch.name)
-    with _lock:
-        _decided[key] = selection
-
-
-def receipts() -> tuple[dict[str, Any], ...]:
-    """The receipts of every handle made in this process, cache writes too, for :func:`hal.write_lock` and rank checks."""
-    return tuple(selection.receipt() for selection in _decided.values())
-
-
-def forget() -> None:
-    """Drop the handles and receipts that were kept."""
-    _handles.clear()
-    forget_states()
-    _decided.clear()

@@ -1,36 +1,79 @@
-"""What handles are kept by: everything that decides one, so that an equal call gets the same handle."""
+"""What handles are known by: everything that decides one, so that an equal request gets the same handle."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hal import _devices, _libraries, _plugins, _settings
 from hal._registry import Registry
-from hal_ops import record
+from hal_ops import Request, record
 
-__all__ = ["forget_states", "key_of"]
+if TYPE_CHECKING:
+    from hal._selection import Selection
+
+__all__ = ["decided", "forget_states", "requested", "spelled", "surroundings"]
 
 _states: dict[Any, _State] = {}
 
 
-def key_of(name: str, fields: Mapping[str, Any], device: Any, kernel: Any) -> Any:
-    """Everything that decides a handle, or None when that cannot be hashed. Cheap: it is made at every call."""
-    forced = tuple(sorted(kernel.items())) if isinstance(kernel, Mapping) else kernel
-    device = getattr(device, "device", device)
+def surroundings() -> Any:
+    """The settings, plugins, files and simulations that decisions depend on, and which devices are current.
+
+    None if they cannot be hashed.
+    """
     state = (_settings.fingerprint(), _devices.simulated.get(), _libraries.simulating(), _plugins.temporary())
     try:
         if state not in _states:
             _states[state] = _state_of(_plugins.registry(()))
-        watched = _states[state]
-        seen = (*map(os.environ.get, watched.variables), *map(_stamp, watched.files))
-        current = () if device is not None else tuple(map(_devices.current_index, watched.torch_types))
-        key = (name, tuple(fields.items()), device, forced, state, seen, current)
+    except TypeError:
+        return None
+    watched = _states[state]
+    seen = (*map(os.environ.get, watched.variables), *map(_stamp, watched.files))
+    return (state, seen), tuple(map(_devices.current_index, watched.torch_types))
+
+
+def spelled(kind: str, fields: Mapping[str, Any], device: Any, kernel: Any, around: Any) -> Any:
+    """A call as it was written, which is cheap to know again. Types count: 2.0 is equal to 2, and no number of heads.
+
+    None if it cannot be hashed.
+    """
+    device = getattr(device, "device", device)
+    values = tuple(fields.values())
+    kinds = tuple(map(type, values))
+    inner = _kinds(values) if tuple in kinds else ()
+    forced = _forced(kernel)
+    return _hashable(kind, tuple(fields), values, kinds, inner, type(device), device, forced, _kinds(forced), around)
+
+
+def requested(kind: str, request: Request, device: Any, kernel: Any, around: Any) -> Any:
+    """What a call asks for, however it is written; None if it cannot be hashed."""
+    return _hashable(kind, request, _devices.meant(device), _forced(kernel), around and around[0])
+
+
+def decided(kind: str, selection: Selection, kernel: Any, around: Any) -> Any:
+    """What came out, alone or together with other layers; None if it cannot be hashed."""
+    kernels = tuple(selection.kernels().items())
+    asked = (selection.asked, selection.request, selection.device)
+    return _hashable(kind, *asked, kernels, _forced(kernel), around and around[0])
+
+
+def _forced(kernel: Any) -> Any:
+    return tuple(sorted(kernel.items(), key=repr)) or None if isinstance(kernel, Mapping) else kernel
+
+
+def _kinds(value: Any) -> Any:
+    return tuple(map(_kinds, value)) if isinstance(value, tuple) else type(value)
+
+
+def _hashable(*key: Any) -> Any:
+    """The key; None if it cannot be hashed, or ends in surroundings that cannot."""
+    try:
         hash(key)
     except TypeError:
         return None
-    return key
+    return None if key[-1] is None else key
 
 
 @record(frozen=True)

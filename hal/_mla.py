@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from hal import _devices, _front, _same, _selection, _settings
+from hal import _devices, _front, _kept, _same, _selection, _settings
 from hal._argument_kinds import check_step_kinds
 from hal._attention import Attention
 from hal._bind import bind
 from hal._device import Device
-from hal._handle_key import key_of
 from hal._inputs import check_pages
 from hal._mla_cache import MlaCache, allocate, check_cache, check_tensors
 from hal._padding import lengthened
@@ -18,7 +17,7 @@ from hal._plan import Plan
 from hal._planner import Planner
 from hal._selection import Selection
 from hal.errors import InputError
-from hal_ops import AUTO, torch_dtype
+from hal_ops import AUTO, Request, torch_dtype
 from hal_ops.kv_cache import KvCacheWriteRequest
 from hal_ops.mla_attention import PHASES, MlaAttentionRequest
 
@@ -206,7 +205,7 @@ def get_mla_attention(
 ) -> MlaAttention:
     """Multi-head latent attention for this machine: over a paged cache of latents, and, expanded, over fresh tokens.
 
-    Equal arguments give the same handle. The defaults are the dims of DeepSeek-V2 and DeepSeek-V3.
+    Equal requests give the same handle, however they are written. The defaults are the dims of DeepSeek-V2 and DeepSeek-V3.
 
     Args:
         num_q_heads: query heads on this device. kv_lora_rank, qk_rope_head_dim: elements of the latent and of the
@@ -233,23 +232,22 @@ def get_mla_attention(
     fields = dict(locals())
     where, forced = fields.pop("device"), fields.pop("kernel")
     fields["phases"] = PHASES if phases is None else (phases,) if isinstance(phases, str) else tuple(phases)
-    key = key_of("mla_attention", fields, where, forced)
-    if key is not None and key in _front._handles:
-        return _front._handles[key]  # type: ignore[no-any-return]
-    handle = _make(MlaAttentionRequest(**fields), _devices.device(where), forced)
-    if key is not None:
-        _front._remember(key, handle)
-    return handle
+
+    def make(request: Request) -> MlaAttention:
+        return _make(request, _devices.device(where), forced)
+
+    kept: MlaAttention = _kept.handle("latent", fields, where, forced, lambda: MlaAttentionRequest(**fields), make)
+    return kept
 
 
-def _make(request: MlaAttentionRequest, device: Device, kernel: Any) -> MlaAttention:
+def _make(request: Request, device: Device, kernel: Any) -> MlaAttention:
     selection, made = bind(lambda: _selection.select(request, device=device, kernel=kernel))
-    _front._keep_receipt(selection)
+    _kept.keep_receipt(selection)
     decided = selection.request
     assert isinstance(decided, MlaAttentionRequest)
     wanted = write_request(decided)
     write_selection, written = bind(lambda: _selection.select(wanted, device=device))
-    _front._keep_receipt(write_selection)
+    _kept.keep_receipt(write_selection)
     expanded = decided.expanded()
     prefill = _front._attention(lambda: _selection.select(expanded, device=device), False)
     debug = _settings.current()["debug_checks"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hal import _bind, _devices, _front, _libraries, _plugins, _selection, _settings
+from hal import _bind, _devices, _kept, _libraries, _plugins, _selection, _settings
 
 __all__ = ["reset"]
 
@@ -15,7 +15,7 @@ def reset() -> None:
     _plugins.forget()
     _devices.forget()
     _libraries.forget()
-    _front.forget()
+    _kept.forget()
     _selection.failures.clear()
     _bind.fallback_counts.clear()
     _settings._settings.cache_clear()
