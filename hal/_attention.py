@@ -13,6 +13,7 @@ from hal._kv_cache import KVCache
 from hal._padding import cleared, lengthened
 from hal._plan import Plan
 from hal._planner import Planner
+from hal._rows import strictest
 from hal._selection import Selection
 from hal.errors import InputError
 from hal_ops import is_fp8, torch_dtype
@@ -48,6 +49,7 @@ class Attention(Planner):
         self._prefill = implementations.get("prefill")
         self._write = write
         self._debug_checks = debug_checks
+        self._strictest = strictest(selection)
         self._max_q_len = self.request.max_q_len
         self._graph = self.request.graph
         self._torch_device = selection.device.torch_device()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from hal import _kv_cache
 from hal._argument_kinds import check_contiguous, check_no_gradients, check_tensor, count
+from hal._rows import check_rows
 from hal.errors import InputError
 from hal_ops import is_fp8
 from hal_ops.attention import Step
@@ -159,6 +160,7 @@ def check_cache(handle: Attention, cache: KVCache) -> None:
     found = _kv_cache.problems(cache, handle.request, handle._torch_device)
     if found:
         raise InputError(f"{cache!r} does not suit {handle}: {'; '.join(found)}")
+    check_rows(handle._strictest, {"k": cache.k, "v": cache.v})
 
 
 def check_step(handle: Attention, q: Tensor, k: Tensor | None, v: Tensor | None, plan: Plan) -> None:
@@ -214,6 +216,7 @@ def _check_tensors(handle: Attention, tensors: dict[str, Tensor], dims: int, for
             raise InputError(f"{name}'s last stride is {tensor.stride(-1)}: the head dim must be contiguous")
         if tensor.requires_grad and not request.needs_grad:
             check_no_gradients(**{name: tensor})
+    check_rows(handle._strictest, tensors)
 
 
 def _same_length(k: Tensor, v: Tensor, dim: int) -> None:

@@ -116,6 +116,8 @@ class Kernel:
         built_archs: archs that the installed binary was built for, where that can be known.
         copies: tensors that the adapter has to copy, in words; shown by ``explain()``. copies_with: request field to those
             that it copies besides, where a request turns the field on (:meth:`hal_ops.Request.turns_on`).
+        row_alignment: bytes at whose multiples rows of q, k, v and caches must begin. It is looked at when a handle meets
+            tensors of new shapes or strides: what does not fit is refused.
         evidence: arch name to ``"run"``, ``"emulated"``, ``"compiled"`` or ``"claimed"``; ``"*"`` is every other arch.
             evidence_with: request field to the word where a request turns it on; the weaker word counts.
         note: a few words for people.
@@ -137,6 +139,7 @@ class Kernel:
     built_archs: Callable[[], frozenset[str] | None] | None = None
     copies: str = ""
     copies_with: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    row_alignment: int = 1
     evidence: Mapping[str, str] = dataclasses.field(default_factory=dict)
     evidence_with: Mapping[str, str] = dataclasses.field(default_factory=dict)
     note: str = ""
@@ -199,6 +202,8 @@ class Kernel:
         for priority in (self.priority, *self.priorities.values()):
             if not 0 <= priority < 500:
                 faults.append(f"priority {priority} is outside the bands 0 to 499")
+        if self.row_alignment < 1:
+            faults.append(f"row_alignment {self.row_alignment} is no number of bytes; 1 is any")
         if ":" not in self.target:
             faults.append(f"target {self.target!r} must be 'module:factory'")
         if isinstance(self.capabilities, str):

@@ -15,6 +15,7 @@ from hal._mla_cache import MlaCache, allocate, check_cache, check_tensors
 from hal._padding import lengthened
 from hal._plan import Plan
 from hal._planner import Planner
+from hal._rows import strictest
 from hal._selection import Selection
 from hal.errors import InputError
 from hal_ops import AUTO, Request, torch_dtype
@@ -58,6 +59,7 @@ class MlaAttention(Planner):
         self._max_q_len = self.request.max_q_len
         self._graph = self.request.graph
         self._rank = self.request.kv_lora_rank
+        self._strictest = strictest(selection)
         self._known_step: tuple[_same.Same, int, int, Any] = (_same.never, 0, 0, None)
 
     def __call__(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from hal._argument_kinds import check_tensor, count
 from hal._kv_cache import far_slots, scale_of
+from hal._rows import check_rows
 from hal.errors import InputError
 from hal_ops import dtype_name, is_fp8, torch_dtype
 
@@ -118,6 +119,7 @@ def check_cache(handle: MlaAttention, cache: MlaCache) -> None:
         found.append(f"it is on {cache.data.device}, not on {handle._torch_device}")
     if found:
         raise InputError(f"the cache does not fit this handle: {'; '.join(found)}")
+    check_rows(handle._strictest, {"data": cache.data})
 
 
 def check_tensors(handle: MlaAttention, tensors: Mapping[str, Tensor], sizes: Sequence[int]) -> None:
@@ -146,3 +148,4 @@ def check_tensors(handle: MlaAttention, tensors: Mapping[str, Tensor], sizes: Se
             raise InputError(
                 f"{name} has {tensor.shape[0]} tokens, the plan {' or '.join(map(str, dict.fromkeys(sizes)))}"
             )
+    check_rows(handle._strictest, tensors)

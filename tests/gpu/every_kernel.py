@@ -12,7 +12,7 @@ from hal import _plugins
 from hal.testing._verify import circumstances, refusals
 from hal_ops import Request
 
-__all__ = ["BASE", "faults", "serving"]
+__all__ = ["BASE", "WANTED", "faults", "serving"]
 
 BASE: dict[str, Any] = {"num_q_heads": 8, "num_kv_heads": 2, "head_dim": 128, "dtype": "bfloat16"}
 WANTED: dict[str, dict[str, Any]] = {

@@ -110,6 +110,7 @@ def _kernel(phase: str, more: Mapping[str, Constraint], rank: int, copies: str =
         fields={**_COMMON, **more},
         check=_built_for,
         copies=copies,
+        row_alignment=16,
         evidence={"*": "emulated"},
         note="flash-attention 2",
     )

@@ -85,6 +85,7 @@ KERNELS = tuple(
         fields=_FIELDS,
         check=_decode if phase == "decode" else _extend,
         built_archs=attention.KERNELS[0].built_archs,
+        row_alignment=16,
         evidence={"*": "emulated"},
         note="flash-attention 3 with qv",
     )

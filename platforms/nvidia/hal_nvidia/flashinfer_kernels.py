@@ -189,6 +189,7 @@ def _kernel(
         check=check,
         copies=copies,
         copies_with=copies_with,
+        row_alignment=16,
         evidence={"sm_90": "run", "*": "emulated"},
         note=note,
     )

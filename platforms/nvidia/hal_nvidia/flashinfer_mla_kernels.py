@@ -91,6 +91,7 @@ def _kernel(backend: str, priority: int, archs: tuple[str, ...]) -> Kernel:
         check=_fa3 if backend == "fa3" else _fa2,
         copies="the output, where a plan of fixed size is called with more tokens than its rows have",
         copies_with={"kv_dtype": "q, times the scale of the cache"},
+        row_alignment=16,
         evidence={"sm_90": "run", "*": "emulated"},
         evidence_with={"kv_dtype": "emulated"},
         note=f"BatchMLAPagedAttentionWrapper, {backend}",

@@ -178,6 +178,7 @@ def _kernel(
         check=check,
         copies=copies,
         copies_with=copies_with,
+        row_alignment=16,
         evidence=evidence,
         evidence_with=evidence_with,
     )

@@ -127,6 +127,7 @@ def _kernel(
         check=check,  # type: ignore[arg-type]
         copies=copies,
         copies_with=copies_with,
+        row_alignment=16,
         evidence=evidence,
         note=note,
     )

@@ -91,6 +91,7 @@ KERNELS = (
         copies="q, where it is a view that is not contiguous; a block table whose width is no multiple of 128 tokens; the "
         "output, where a plan of fixed size is called with more tokens than its rows have",
         copies_with={"kv_dtype": "q, into FP8"},
+        row_alignment=16,
         evidence={"*": "emulated"},
         note="trtllm_batch_decode_with_kv_cache_mla",
     ),
