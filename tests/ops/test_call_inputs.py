@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import hal
+from hal import _checked
 from hal.errors import InputError
 
 CACHE: dict[str, Any] = {"num_kv_heads": 2, "head_dim": 16, "page_size": 4, "kv_dtype": "float32", "device": "cpu"}
@@ -358,3 +359,30 @@ def test_every_op_of_one_phase_looks_at_its_arguments() -> None:
     from hal import _plugins
 
     assert {name for name, op in _plugins.registry().ops.items() if op.phases == ("call",)} == set(FIELDS)
+
+
+def test_what_looks_like_the_last_call_is_not_looked_at_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # requirement C7
+    """Of an accelerator's tensors, as ``meta`` ones are here: each other device, format and shape is looked at anew."""
+    looked = []
+
+    def check(*bound: Any) -> Any:
+        return lambda *tensors: looked.append(tensors) or ("" if tensors[0].shape[-1] == 8 else "too wide")
+
+    monkeypatch.setattr(_checked, "resolve_target", lambda target: check)
+    call = _checked.checked(op_of("rms_norm", "torch").selection, lambda *tensors: len(tensors))
+    x, weight = torch.ones(3, 8, device="meta"), torch.ones(8, device="meta")
+    assert [call(x, weight), call(x.clone(), weight), call(x.clone(), weight.clone())] == [2, 2, 2]
+    assert len(looked) == 1
+    for other in (x.half(), x[:2], x.t().contiguous().t(), torch.ones(3, 8)):
+        looked.clear()
+        assert call(other, weight) == 2
+        assert len(looked) == 1
+        call(x, weight)
+    with pytest.raises(InputError, match="too wide"):
+        call(torch.ones(3, 9, device="meta"), weight)
+    looked.clear()
+    call(*[torch.ones(3, 8)] * 2)
+    call(*[torch.ones(3, 8)] * 2)
+    assert len(looked) == 2, "numbers on the host may differ"
