@@ -89,7 +89,9 @@ def _hopper_prefill(request: AttentionRequest, device: Device) -> Iterator[Reaso
     """Gradients on Hopper."""
     yield from _new_enough(request, device)
     if request.needs_grad and request.group_size > 1 and request.head_dim != request.v_head_dim:
-        text = f"needs_grad with group_size {request.group_size} and unequal head dims; needs as many kv heads as q heads"
+        text = (
+            f"needs_grad with group_size {request.group_size} and unequal head dims; needs as many kv heads as q heads"
+        )
         yield Reason("feature_unsupported", text, "needs_grad", "True", "False")
 
 
