@@ -79,15 +79,16 @@ def test_plans_of_host_lengths_wait_for_nothing(phase: str, device: str, monkeyp
     handle = handle_of(device)
     q_lens, kv_lens = PHASES[phase]
     monkeypatch.setattr(Attention, "_postwrite_pays", lambda self: True)
+    rows = TABLE[:3].tolist()
 
     def synchronises(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("the plan reads a tensor back")
 
     for name in WAITS:
         monkeypatch.setattr(torch.Tensor, name, synchronises)
-    plan = handle.plan(q_lens=q_lens, kv_lens=kv_lens, block_table=TABLE[:3], max_batch=4, max_tokens=64)
+    plan = handle.plan(q_lens=q_lens, kv_lens=kv_lens, block_table=rows, max_batch=4, max_tokens=64)
     assert plan.phase == phase
-    plan.update(q_lens=q_lens[:2], kv_lens=kv_lens[:2], block_table=TABLE[:2])
+    plan.update(q_lens=q_lens[:2], kv_lens=kv_lens[:2], block_table=rows[:2])
 
 
 @pytest.mark.parametrize("phase", ["decode", "extend"])
