@@ -202,8 +202,8 @@ class Kernel:
         for priority in (self.priority, *self.priorities.values()):
             if not 0 <= priority < 500:
                 faults.append(f"priority {priority} is outside the bands 0 to 499")
-        if self.row_alignment < 1:
-            faults.append(f"row_alignment {self.row_alignment} is no number of bytes; 1 is any")
+        if self.row_alignment < 1 or self.row_alignment & (self.row_alignment - 1):
+            faults.append(f"row_alignment {self.row_alignment} is no power of two; 1 byte is any")
         if ":" not in self.target:
             faults.append(f"target {self.target!r} must be 'module:factory'")
         if isinstance(self.capabilities, str):

@@ -32,10 +32,16 @@ def check_rows(kernel: Kernel | None, tensors: Mapping[str, Tensor]) -> None:
 
     if kernel is None or torch.compiler.is_compiling():
         return
+    wanted = kernel.row_alignment
     for name, x in tensors.items():
-        size, wanted = x.element_size(), kernel.row_alignment
-        apart = [stride * size for stride, count in zip(x.stride()[:-1], x.shape, strict=False) if count > 1]
+        size, strides = x.itemsize, x.stride()[:-1]
+        bits = x.data_ptr()
+        for stride in strides:
+            bits |= stride * size
+        if not bits % wanted:
+            continue
         beside = x.data_ptr() % wanted
+        apart = [stride * size for stride, count in zip(strides, x.shape, strict=False) if count > 1]
         if not beside and not any(step % wanted for step in apart):
             continue
         found = f"begins {beside} bytes past a multiple of {wanted}" if beside else f"has rows {apart} bytes apart"

@@ -109,6 +109,7 @@ def test_kernels_that_take_any_rows_get_them() -> None:  # requirement B3
 
 
 def test_a_declaration_without_a_size_is_an_error() -> None:
-    wrong = dataclasses.replace(hardware.kernel_named("fa3.prefill"), row_alignment=0)
-    with pytest.raises(RegistrationError, match="row_alignment 0 is no number of bytes"):
-        wrong.validate(_plugins.registry().ops["attention"])
+    for size in (0, 12):
+        wrong = dataclasses.replace(hardware.kernel_named("fa3.prefill"), row_alignment=size)
+        with pytest.raises(RegistrationError, match=f"row_alignment {size} is no power of two"):
+            wrong.validate(_plugins.registry().ops["attention"])
