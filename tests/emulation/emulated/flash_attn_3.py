@@ -21,6 +21,7 @@ from emulated.flash_attn_2 import require
 __all__ = ["FUNCTIONS", "WITH_SINKS", "metadata_size", "tile_of"]
 
 _FP8 = torch.float8_e4m3fn
+_DTYPES = (torch.float16, torch.bfloat16, _FP8)
 
 
 def tile_of(dim: int, v_dim: int, causal: bool, local: bool, size: int) -> tuple[int, int]:
@@ -69,15 +70,26 @@ def get_scheduler_metadata(
     made = torch.zeros(
         metadata_size(batch_size, causal, window_size, max_seqlen_q, max_seqlen_k, headdim), dtype=torch.int32
     )
-    made[:8] = torch.tensor(
-        [max_seqlen_q, max_seqlen_k, page_size or 0, int(causal), *window_size, num_splits, int(has_softcap)]
-    )
+    numbers = _numbers(
+        max_seqlen_q, max_seqlen_k, page_size or 0, causal, window_size, num_splits, has_softcap, qkv_dtype,
+        headdim_v or headdim, cache_seqlens,
+    )  # fmt: skip
+    made[: len(numbers)] = torch.tensor(numbers)
     return made
+
+
+def _numbers(
+    longest_q: int, longest_k: int, size: int, causal: bool, window: Any, splits: int, softcap: bool,
+    dtype: torch.dtype, v_dim: int, kv_lens: Tensor,
+) -> list[int]:  # fmt: skip
+    """What metadata is made with: for the lengths their sum, which stands for how rows are split and ordered by them."""
+    shape = [longest_q, longest_k, size, int(causal), *window, splits, int(softcap), _DTYPES.index(dtype), v_dim]
+    return [*shape, int(kv_lens.sum())]
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> None:
     dim, v_dim = q.shape[-1], v.shape[-1]
-    require(q.dtype in (torch.float16, torch.bfloat16, _FP8), "FlashAttention only supports fp16, bf16, and fp8_e4m3")
+    require(q.dtype in _DTYPES, "FlashAttention only supports fp16, bf16, and fp8_e4m3")
     require(q.dtype == k.dtype == v.dtype, "query, key and value must have the same dtype")
     require(all(x.stride(-1) == 1 for x in (q, k, v)), "Input tensor must have contiguous last dimension")
     require(dim <= 256 and dim % (16 if q.dtype == _FP8 else 8) == 0, "head_size must be a multiple of 8 (fp8: 16)")
@@ -144,7 +156,10 @@ def flash_attn_with_kvcache(
     require(page_table.dtype == torch.int32 and page_table.stride(-1) == 1, "page_table must be int32")
     require(max(lens) <= max_seqlen_q, "rows longer than max_seqlen_q are left uncomputed")
     if scheduler_metadata is not None:
-        made_with = [max_seqlen_q, width, size, int(causal), *window_size, num_splits, int(softcap > 0)]
+        made_with = _numbers(
+            max_seqlen_q, width, size, causal, window_size, num_splits, softcap > 0, q.dtype, v_cache.shape[-1],
+            cache_seqlens,
+        )  # fmt: skip
         _check_metadata(scheduler_metadata, len(lens), causal, window_size, max_seqlen_q, width, q.shape[-1], made_with)
     used = sum(lens)
     q_all, k_all = q, k_cache
@@ -176,7 +191,8 @@ def _check_metadata(
 ) -> None:
     size = metadata_size(batch, causal, window, longest_q, longest_k, dim)
     require(found.dtype == torch.int32 and found.shape == (size,), f"scheduler_metadata must have shape ({size})")
-    require(found[:8].tolist() == made_with, f"metadata of another step: {found[:8].tolist()}, this is {made_with}")
+    held = found[: len(made_with)].tolist()
+    require(held == made_with, f"metadata of another step: {held}, this is {made_with}")
 
 
 def _out_dtype(q: Tensor) -> torch.dtype:

@@ -189,20 +189,24 @@ def test_a_broken_package_is_blamed_with_its_own_words() -> None:  # requirement
     hal._selection.failures.clear()
 
 
+CUDNN_13, CUDNN_12 = "nvidia-cudnn-cu13", "nvidia-cudnn-cu12"
+
+
 @pytest.mark.parametrize(
-    ("device", "libraries", "fields", "refused"),
+    ("arch", "libraries", "fields", "refused"),
     [
-        ("nvidia:sm_100,cuda=13.0", {}, {"num_kv_heads": 4, "num_q_heads": 4}, True),
-        ("nvidia:sm_100,cuda=13.0", {}, {"num_kv_heads": 8, "num_q_heads": 8}, False),
-        ("nvidia:sm_90,cuda=13.0", {}, {"num_kv_heads": 4, "num_q_heads": 4}, False),
-        ("nvidia:sm_90,cuda=13.0", {"nvidia-cudnn-cu13": "9.26.0.51"}, {"needs_grad": True}, True),
-        ("nvidia:sm_90,cuda=13.0", {"nvidia-cudnn-cu13": "9.19.0.56"}, {"needs_grad": True}, False),
+        *((arch, {}, {"num_kv_heads": 7, "num_q_heads": 7}, arch != "sm_90") for arch in ("sm_90", "sm_100", "sm_103")),
+        *((arch, {}, {"num_kv_heads": 8, "num_q_heads": 8}, False) for arch in ("sm_90", "sm_100", "sm_103")),
+        *(("sm_90", {name: "9.26.0.51"}, {"needs_grad": True}, True) for name in (CUDNN_12, CUDNN_13)),
+        *(("sm_90", {name: "9.25.1.1"}, {"needs_grad": True}, True) for name in (CUDNN_12, CUDNN_13)),
+        *(("sm_90", {name: "9.25.1.1"}, {}, False) for name in (CUDNN_12, CUDNN_13)),
+        *(("sm_90", {name: "9.19.0.56"}, {"needs_grad": True}, False) for name in (CUDNN_12, CUDNN_13)),
     ],
 )
 def test_versions_of_cudnn_that_are_wrong_are_refused(
-    device: str, libraries: dict[str, str], fields: dict[str, Any], refused: bool
+    arch: str, libraries: dict[str, str], fields: dict[str, Any], refused: bool
 ) -> None:  # requirement D13
-    found = reasons("sdpa_cudnn.prefill", libraries, device, **fields)
+    found = reasons("sdpa_cudnn.prefill", libraries, f"nvidia:{arch},cuda=13.0", **fields)
     assert set(found) == ({"version_known_bad"} if refused else set())
 
 

@@ -69,6 +69,30 @@ def test_the_planner_and_the_kernel_are_told_the_same(fa3: Installed) -> None:  
     assert (planned["has_softcap"], launched["softcap"]) == (True, 20.0)
 
 
+@pytest.mark.parametrize(
+    ("fields", "dtype", "v_dim"),
+    [
+        ({}, torch.float16, 64),
+        ({"dtype": "bfloat16"}, torch.bfloat16, 64),
+        ({"v_head_dim": 512}, torch.float16, 512),
+        ({"dtype": "bfloat16", "kv_dtype": "float8_e4m3fn", "fp8_query": True}, torch.float8_e4m3fn, 64),
+    ],
+    ids=["plain", "bfloat16", "v_head_dim", "fp8"],
+)
+def test_the_planner_is_told_the_formats_that_are_launched(
+    fields: dict[str, Any], dtype: torch.dtype, v_dim: int, fa3: Installed
+) -> None:  # requirement A3, C4, E4
+    """Its tiles, and with them the splits of a row, depend on the bytes of a number and on both head dims."""
+    request = AttentionRequest(**{**BASE, **fields}, page_size=16, kv_layout="NHD", phases=("decode",))
+    case = make_case(request, "decode")
+    assert all(comparison.ok for comparison in case.check(hardware.build("fa3.decode", request)))
+    planned, launched = fa3.called(PLANNER)[-1].arguments, fa3.called(KERNEL)[-1].arguments
+    assert planned["qkv_dtype"] == launched["q"].dtype == launched["k_cache"].dtype == dtype
+    assert planned["headdim_v"] == launched["v_cache"].shape[-1] == v_dim
+    assert (planned["headdim"], planned["page_size"]) == (launched["q"].shape[-1], launched["k_cache"].shape[1])
+    assert (planned["num_heads_q"], planned["num_heads_kv"]) == (launched["q"].shape[-2], launched["k_cache"].shape[-2])
+
+
 def test_lengths_are_tokens(fa3: Installed) -> None:  # requirement D9
     attention = handle()
     attend(attention, plan_of(attention))

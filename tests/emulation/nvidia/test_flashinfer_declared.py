@@ -99,13 +99,17 @@ def test_the_row_speaks_of_a_stranger_s_paged_kernel_too() -> None:  # requireme
             assert {r.code for r in found.reasons} == code
 
 
-def test_the_compiler_must_know_the_arch() -> None:  # requirement E1, E6, P44
-    for arch, cuda, fits in (("sm_120", "12.8", False), ("sm_120", "12.9", True), ("sm_100", "12.8", True)):
+@pytest.mark.parametrize(
+    ("arch", "least"), [("sm_100", "12.8"), ("sm_103", "12.9"), ("sm_120", "12.9"), ("sm_121", "12.9")]
+)
+def test_the_compiler_must_know_the_arch(arch: str, least: str) -> None:  # requirement E1, E6, P44
+    for cuda in ("12.7", "12.8", "12.9"):
+        fits = hal.Version.parse(cuda).satisfies(f">={least}")
         found = reasons("flashinfer_fa2.decode", FLASHINFER, f"nvidia:{arch},cuda={cuda}")
-        assert (found == {}) == fits
-        if arch == "sm_120":
-            assert reasons("flashinfer_fa2.decode", NEWEST, f"nvidia:{arch},cuda={cuda}") == {}
-        assert fits or found["runtime_too_old"] == "compiling for sm_120 needs CUDA >=12.9; this is 12.8"
+        text = f"compiling for {arch} needs CUDA >={least}; this is {cuda}"
+        assert found == ({} if fits else {"runtime_too_old": text})
+        newest_fits = fits or (arch, cuda) == ("sm_120", "12.8")
+        assert (reasons("flashinfer_fa2.decode", NEWEST, f"nvidia:{arch},cuda={cuda}") == {}) == newest_fits
 
 
 @pytest.mark.parametrize("version", ["0.5.3", "0.6.13", "0.7.4"])
@@ -184,9 +188,26 @@ def test_a_library_s_own_needs_are_needs() -> None:  # requirement P45, D13, B11
     old = reasons("fa4.prefill", {**FA4, "nvidia-cutlass-dsl": "4.6.1"}, hopper)
     assert "4.0.0b27 and later are written for it" in old["version_too_old"]
     assert set(reasons("fa4.prefill", {**FA4, "flash-attn-4": "4.0.0b22"}, hopper)) == {"version_too_old"}
-    cudnn = reasons("flashinfer_cudnn.decode", {**NEWEST, **FLASHINFER}, "nvidia:sm_100,cuda=13.0", kv_layout="HND")
-    assert "found by shape alone" in cudnn["version_too_old"]
     assert set(reasons("flashinfer_fa2.decode", {}, hopper)) == {"not_installed"}
+
+
+@pytest.mark.parametrize("name", ["flashinfer_cudnn.extend", "flashinfer_cudnn.decode"])
+def test_cudnn_is_for_versions_that_tell_its_graphs_apart(name: str) -> None:  # requirement D13, E6
+    for version, fits in (("0.6.13", False), ("0.7.1", False), ("0.7.2", True)):
+        libraries = {**NEWEST, "flashinfer-python": version}
+        found = reasons(name, libraries, "nvidia:sm_100,cuda=13.0", kv_layout="HND")
+        assert set(found) == (set() if fits else {"version_too_old"}), version
+        assert fits or "found by shape alone" in found["version_too_old"]
+
+
+@pytest.mark.parametrize(
+    "name", ["fa4.prefill", "fa4.prefill_sm100", "fa4.prefill_sm80", "fa4.extend", "fa4.decode_sm100"]
+)
+def test_flash_attention_4_has_scales_of_a_usual_size(name: str) -> None:  # requirement B5, P22
+    arch = {"sm100": "sm_100", "sm80": "sm_80"}.get(name.partition("_")[2], "sm_90")
+    for scale, fits in ((2**-9, False), (2**-8, True), (8.0, True), (9.0, False)):
+        found = reasons(name, FA4, f"nvidia:{arch},cuda=13.0", softmax_scale=scale, page_size=16)
+        assert set(found) == (set() if fits else {"feature_unsupported"}), scale
 
 
 def test_fp8_is_declared_where_it_is_read_rightly() -> None:  # requirement B7, P26, P31

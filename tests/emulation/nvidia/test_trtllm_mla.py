@@ -127,6 +127,7 @@ def test_a_step_without_queries_does_not_reach_the_library() -> None:
         ({"dtype": "float16"}, "dtype"),
         ({"page_size": 16}, "page_size"),
         ({"page_size": 128}, "page_size"),
+        ({"max_q_len": 9}, "max_q_len"),
         ({"causal": False}, "causal"),
         ({"graph": True}, "graph"),
         ({"deterministic": True}, "deterministic"),
