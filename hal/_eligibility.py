@@ -142,12 +142,21 @@ def _arch(kernel: Kernel, around: Circumstances) -> Iterator[Reason]:
         code = archs.refusal(arch, around.registry.platforms[around.device.platform].parse_arch)
         if code:
             yield Reason(code, f"needs {archs.words()}; this is {arch.name}", "device", arch.name, archs.words())
-    built = kernel.built_archs() if kernel.built_archs else None
-    if built is not None and arch.name not in built:
-        listed = ", ".join(sorted(built))
-        yield Reason(
-            "build_lacks_arch", f"the installed build is for {listed}, not for {arch.name}", "device", arch.name, listed
-        )
+    yield from _build(kernel, arch.name)
+
+
+def _build(kernel: Kernel, arch: str) -> Iterator[Reason]:
+    """What the installed binary was built for. A plugin that cannot tell refuses its kernel, and hides no other."""
+    try:
+        built = kernel.built_archs() if kernel.built_archs else None
+        listed = "" if built is None else ", ".join(sorted(built))
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - becomes the kernel's reason
+        text = f"built_archs() of {kernel.name} failed: {type(error).__name__}: {error}"
+        yield Reason("plugin_failed", text, "library")
+        return
+    if built is not None and arch not in built:
+        text = f"the installed build is for {listed}, not for {arch}"
+        yield Reason("build_lacks_arch", text, "device", arch, listed)
 
 
 def _version(device: Device, field: str, name: str, wanted: str, found: Version) -> Iterator[Reason]:

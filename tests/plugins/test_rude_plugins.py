@@ -153,6 +153,24 @@ def test_a_broken_check_refuses_its_kernel_alone(
 
 
 @pytest.mark.parametrize(
+    ("built", "text"),
+    [(lambda: 1 / 0, "ZeroDivisionError"), (lambda: sys.exit(7), "SystemExit: 7"), (lambda: 5, "TypeError")],
+)
+def test_a_build_that_cannot_be_told_refuses_its_kernel_alone(
+    fake_platform: Fake, attention_kernel: Declare, built: Any, text: str
+) -> None:
+    # requirement P41, P44
+    rude = attention_kernel("rude.prefill", priority=499, built_archs=built)
+    fake_platform("fake", kernels=[rude, attention_kernel("polite.prefill")])
+    choice = hal.select(request(), device="fake").choices["prefill"]
+    assert choice.kernel is not None
+    assert choice.kernel.name == "polite.prefill"
+    (reason,) = next(c.reasons for c in choice.candidates if c.kernel.name == "rude.prefill")
+    assert reason.code == "plugin_failed"
+    assert f"built_archs() of rude.prefill failed: {text}" in reason.text
+
+
+@pytest.mark.parametrize(
     ("factory", "text"),
     [
         (lambda request, device: lambda q, k, v, **kw: q, "could swallow an argument"),
