@@ -64,6 +64,20 @@ def test_the_call_of_a_step_gives_the_same(library: str, return_lse: bool, lens:
         torch.testing.assert_close(bound, plain, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("library", ["fa2", "sdpa_flash"])
+@pytest.mark.parametrize("lens", [[1, 0, 1], [0, 1], [1, 0, 0, 0], [1, 1, 1]], ids=str)
+def test_a_bound_of_one_query_is_no_promise_of_one_in_every_row(library: str, lens: list[int]) -> None:
+    # requirement D5, D9
+    """flash-attention 2 reshapes q by the number of rows there, which fails where a row has none."""
+    with nvidia.running_on("sm_90", library):
+        prefill = built(library)
+        cu = torch.tensor([0, *lens], dtype=torch.int32).cumsum(0).int()
+        bounds = {"cu_seqlens_q": cu, "cu_seqlens_k": cu * 3, "max_seqlen_k": 3}
+        q, k, v = tensors(library, sum(lens))[0], *tensors(library, 3 * sum(lens))[1:]
+        found, right = (prefill(q, k, v, max_seqlen_q=most, **bounds) for most in (1, 2))
+        torch.testing.assert_close(found, right, atol=0, rtol=0)
+
+
 def test_a_bound_call_of_flashinfer_follows_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:  # requirement C3, P36
     """Its plan's buffers are one stream's."""
     with nvidia.running_on("sm_90", "flashinfer_fa2"):

@@ -13,11 +13,13 @@ from emulated.replay import empty_steps, smaller_steps
 from hal._attention import for_step
 from hal_nvidia import NvidiaPlatform
 from hal_nvidia._flashinfer_pool import _idle, _zeroed
+from hal_ops import torch_dtype
 from hal_ops.attention import AttentionRequest
 
 KERNELS = {k.name: k for k in NvidiaPlatform().kernels() if k.op == "attention"}
 PAGED = [name for name, k in KERNELS.items() if k.phase != "prefill"]
 FRESH = [name for name, k in KERNELS.items() if k.phase == "prefill"]
+FP8 = "float8_e4m3fn"
 
 
 @pytest.fixture(autouse=True)
@@ -66,17 +68,23 @@ def test_a_step_without_tokens(name: str) -> None:  # requirement D5
             assert_nothing(found, tokens, request)
 
 
-@pytest.mark.parametrize("name", FRESH)
-def test_a_prompt_without_tokens(name: str) -> None:  # requirement D5
-    request = request_of(name)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, "bfloat16") for name in FRESH), *((n, FP8) for n in FRESH if "qkv_dtype" in KERNELS[n].fields)],
+)
+def test_a_prompt_without_tokens(name: str, dtype: str) -> None:  # requirement D5, B7
+    """Whatever q, k and v are, the output has the request's format."""
+    request, given = request_of(name).replace(qkv_dtype=dtype), torch_dtype(dtype)
     with nvidia.running_on(arch_of(name), name.partition(".")[0]):
         prefill = hardware.build(KERNELS[name], request, arch_of(name))
         extras = {"return_lse": True} if request.return_lse else {}
         for step, tokens in empty_steps(16):
-            q = torch.zeros(tokens, 4, request.head_dim, dtype=torch.bfloat16)
+            q = torch.zeros(tokens, 4, request.head_dim, dtype=given)
             assert_nothing(for_step(prefill, step)(q, q, q, **extras), tokens, request)
-        none = torch.zeros(0, 3, 4, request.head_dim, dtype=torch.bfloat16)
-        assert prefill(none, none, none).shape == none.shape
+        for shape in ((0, 3), (2, 0)):
+            none = torch.zeros(*shape, 4, request.head_dim, dtype=given)
+            found = prefill(none, none, none)
+            assert (found.shape, found.dtype) == (none.shape, torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", PAGED)

@@ -17,6 +17,7 @@ from hal._plan import make_step
 from hal_nvidia import _sdpa_cudnn
 from hal_ops.attention import AttentionRequest
 from hal_ops.attention.cases import AttentionCase, make_case
+from hal_ops.mla_attention import MlaAttentionRequest
 
 BASE: dict[str, Any] = {"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 64, "dtype": "float16"}
 EMPTY = [(9, 4), (3, 3), (7, 0)]
@@ -106,6 +107,50 @@ def test_flash_attention_4_is_told_none_and_everything_by_name(version: str, win
     tree = ast.parse((Path(hal_nvidia.__file__).parent / "_flash_attn_4.py").read_text())
     calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func).startswith("self._")]
     assert {len(n.args) for n in calls} == {3}, "q, k and v (or their caches) go by position, and nothing else"
+
+
+@pytest.mark.parametrize("name", ["fa2", "fa3", "fa4"])
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_backward_pass_is_told_whether_bits_may_vary(name: str, deterministic: bool) -> None:  # requirement D14, P24
+    """Dense and ragged. What adds up gradients in no fixed order has other bits each time."""
+    with nvidia.running_on("sm_90", name) as held:
+        assert held is not None
+        request, prefill = built(f"{name}.prefill", deterministic=deterministic, needs_grad=True)
+        for form, function in (("dense", "flash_attn_func"), ("ragged", "flash_attn_varlen_func")):
+            make_case(request, "prefill", lengths=[(5, 5)] * 2, form=form).call(prefill)
+            assert held.called(function)[-1].arguments["deterministic"] is deterministic
+
+
+@pytest.mark.parametrize(
+    ("name", "arch", "free"),
+    [
+        ("fa3.extend", "sm_90", 0),
+        ("fa3.decode", "sm_90", 0),
+        ("fa4.extend_sm100", "sm_100", 1),
+        ("fa4.decode_sm100", "sm_100", 0),
+        ("fa4.decode_sm100", "sm_103", 0),
+        ("fa4.decode", "sm_90", 1),
+    ],
+)
+def test_keys_are_split_only_where_bits_may_vary(name: str, arch: str, free: int) -> None:  # requirement D14, P24
+    """Sums of splits depend on how many there are, and that on the rows beside. 0: the library chooses."""
+    phase = name.partition(".")[2].partition("_")[0]
+    for deterministic, splits in ((True, 1), (False, free)):
+        with nvidia.running_on(arch, name.partition(".")[0]) as held:
+            assert held is not None
+            request, made = built(name, arch, deterministic=deterministic, page_size=16)
+            assert all(c.ok for c in make_case(request, phase).check(made))
+            assert {call.arguments["num_splits"] for call in held.calls if "num_splits" in call.arguments} == {splits}
+
+
+@pytest.mark.parametrize("phase", ["extend", "decode"])
+def test_latents_are_split_only_where_bits_may_vary(phase: str) -> None:  # requirement D14, P24
+    for deterministic, splits in ((True, 1), (False, 0)):
+        with nvidia.running("fa3", libraries=nvidia.MLA) as held:
+            assert held is not None
+            request = MlaAttentionRequest(num_q_heads=4, page_size=16, deterministic=deterministic)
+            assert hardware.check(f"fa3.mla_{phase}", request).ok
+            assert {call.arguments["num_splits"] for call in held.calls} == {splits}
 
 
 def test_torch_is_never_asked_to_choose_an_attention() -> None:  # requirement C1, P34

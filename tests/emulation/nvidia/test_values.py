@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 import pytest
+import torch
 from emulated import hardware, library, nvidia, operators, signatures, torch_attention
 
 import hal
@@ -180,10 +181,31 @@ def test_an_argument_that_is_mapped_wrongly_is_found(name: str, spoil: dict[str,
         assert wrong(name, rich(name), "sm_90")
 
 
+@pytest.mark.parametrize("given", [("q_scale",), ("k_scale",), ("v_scale",), ("q_scale", "v_scale")], ids=",".join)
+def test_a_scale_that_is_not_given_is_one(given: tuple[str, ...]) -> None:  # requirement B6, D12, C7
+    """Of FP8 values, dense and ragged: what is given counts, whatever else is."""
+    fields = {"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 64, "qkv_dtype": "float8_e4m3fn"}
+    request = AttentionRequest(**fields, phases=("prefill",))
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 5, heads, 64).to(torch.float8_e4m3fn) for heads in (4, 2, 2))
+    ones = dict.fromkeys(("q_scale", "k_scale", "v_scale"), torch.ones(1))
+    some = dict.fromkeys(given, torch.tensor([2.0]))
+    cu = torch.tensor([0, 5, 10], dtype=torch.int32)
+    lengths = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": 5, "max_seqlen_k": 5}
+    with nvidia.running("fa3"):
+        prefill = hardware.build("fa3.prefill", request)
+        found, right = prefill(q, k, v, **some), prefill(q, k, v, **{**ones, **some})
+        ragged = prefill(*(x.flatten(0, 1) for x in (q, k, v)), **lengths, **some)
+        plain = prefill(q, k, v)
+    torch.testing.assert_close(found, right, atol=0, rtol=0)
+    torch.testing.assert_close(ragged, right.flatten(0, 1), atol=0, rtol=0)
+    assert not torch.equal(found, plain)
+    if given == ("v_scale",):
+        torch.testing.assert_close(found, plain * 2, atol=0, rtol=0)
+
+
 def test_torch_rows_without_keys_need_the_adapters_care() -> None:  # requirement B15
     """The emulated operators have the habits that the adapters undo: without that, the LSE is 0, or +inf."""
-    import torch
-
     q, k = torch.randn(1, 5, 2, 8).half(), torch.randn(1, 3, 2, 8).half()
     efficient = torch_attention.EFFICIENT["_efficient_attention_forward"]
     assert efficient(q, k, k, None, None, None, None, None, 0.0, 2, True, scale=0.3)[1][0, :, :2].eq(0).all()
