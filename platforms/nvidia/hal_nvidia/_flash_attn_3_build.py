@@ -59,6 +59,10 @@ class Build:
         """The largest head dim that there is code for."""
         return max((d for d in _HEAD_DIMS if f"HDIM{d}" not in self.without), default=0)
 
+    def rounded(self, dim: int) -> int:
+        """The head dim whose code serves ``dim`` (``hopper/flash_api.cpp``, ``round_up_headdim``)."""
+        return next((d for d in _HEAD_DIMS if dim <= d and f"HDIM{d}" not in self.without), _HEAD_DIMS[-1])
+
     @property
     def archs(self) -> frozenset[str]:
         """Archs that there is code for, of those that upstream builds for."""

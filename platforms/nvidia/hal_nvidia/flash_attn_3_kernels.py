@@ -8,7 +8,12 @@ Read from upstream's ``hopper/`` at 203b9b3d (2025-08-29), 701ebe05 and 0251105a
   built with is in ``_flash_attn_3_build.py``.
 * float16 and bfloat16; e4m3 for q, k and v together alone, output bfloat16. Over an e4m3 cache that needs
   ``fp8_query``: the adapter makes such queries, with one scale a call.
-* head dims up to 256, multiples of 8 (of 16 in FP8); on 9.0 also 192 with 128, and up to 64 with up to 512.
+* head dims up to 256, multiples of 8 (of 16 in FP8); on 9.0 also 192 with 128, and up to 64 with up to 512. The code of
+  unequal dims is inside that of the equal ones (``run_mha_fwd_constexpr``: ``HDIMDIFF64`` in ``HDIM64``, ``HDIMDIFF192`` in
+  ``HDIM192``). Without ``HDIM64`` a v of 256 or 512 goes to the code of 96, which writes no more of it; without ``HDIM192``
+  192 with 128 goes to the code of 256, where it was never tried.
+* the backward pass has one head dim for all three tensors, the larger one rounded up to what was built (``mha_bwd``:
+  ``round_up_headdim(std::max(head_size, head_size_v))``): at most 256, and no code of 256 that is deterministic.
 * a paged cache goes through ``flash_attn_with_kvcache`` alone, with any page size; strides are free.
 * pages that its TMA path reads whole (``get_pagedkv_tma``: a multiple of the key tile, and more queries than one tile
   holds) let NaN in unused slots through (flash-attention#1745): those page sizes are not declared.
@@ -148,9 +153,14 @@ def _dims(request: AttentionRequest, device: Device, found: Build) -> Iterator[R
     if device.arch.name != "sm_90":
         text = f"v_head_dim {v_dim} with head_dim {dim} needs sm_90; this is {device.arch.name}"
         yield Reason("head_dim", text, "v_head_dim", str(v_dim), str(dim))
-    if ("HDIMDIFF64" if dim <= 64 else "HDIMDIFF192") in found.without:
-        text = f"v_head_dim {v_dim} with head_dim {dim}: {found.name} was built without unequal head dims"
-        yield Reason("head_dim", text, "v_head_dim", str(v_dim), str(dim))
+    size = 64 if dim <= 64 else 192
+    for flag, words in (
+        (f"HDIMDIFF{size}", "unequal head dims"),
+        (f"HDIM{size}", f"head dim {size}, whose code has them"),
+    ):
+        if flag in found.without:
+            text = f"v_head_dim {v_dim} with head_dim {dim}: {found.name} was built without {words}"
+            yield Reason("head_dim", text, "v_head_dim", str(v_dim), str(dim))
 
 
 def _gradients(request: AttentionRequest, found: Build) -> Iterator[Reason]:
@@ -160,8 +170,12 @@ def _gradients(request: AttentionRequest, found: Build) -> Iterator[Reason]:
         return
     if "BACKWARD" in found.without:
         yield _lacks("needs_grad", f"{found.name} was built without the backward pass")
-    if request.deterministic and request.head_dim > 192:
-        yield _lacks("deterministic", f"the backward pass with head_dim {request.head_dim} cannot be")
+    dim, v_dim, most = request.head_dim, request.v_head_dim, found.largest_head_dim
+    if dim <= most < v_dim:
+        text = f"v_head_dim {v_dim} with needs_grad; the backward pass of {found.name} has at most {most}"
+        yield Reason("head_dim", text, "v_head_dim", str(v_dim), f"at most {most}")
+    if request.deterministic and found.rounded(max(dim, v_dim)) > 192:
+        yield _lacks("deterministic", f"the backward pass with head dims up to {max(dim, v_dim)} cannot be")
 
 
 def _cache(request: AttentionRequest, device: Device, found: Build, phase: str) -> Iterator[Reason]:

@@ -4,7 +4,8 @@ Read from upstream's ``hopper/`` at 0251105a (2026-08-15): ``qv`` on sm_90 alone
 to 64 and of v from 256 to 512 (``flash_api.cpp``, the checks of ``q_v_``); declared is what models have, 64 and 512. Any
 page size and strides; pages that its TMA path reads whole (a multiple of the key tile, 64, with more pairs of a query and
 a head than 64: ``get_pagedkv_tma``, ``tile_size.h``) let NaN in unused slots through (flash-attention#1745), and are not
-declared. tokenspeed-fa3 is built without these head dims.
+declared. The code of 64 and 512 (``HDIMDIFF64``) is inside that of 64 (``HDIM64``; ``run_mha_fwd_constexpr``).
+tokenspeed-fa3 is built without these head dims.
 
 Band: one pass over the cache by Hopper's tensor cores: specialized, by its authors' word; not measured here.
 """
@@ -28,7 +29,12 @@ __all__ = ["KERNELS"]
 
 _TILE = 64
 """Keys of a tile, and pairs of a query and a head (``hopper/tile_size.h``, head dim 64 with a v of 512)."""
-_FLAGS = {"HDIMDIFF64": "unequal head dims", "PAGEDKV": "paged attention", "VARLEN": "ragged batches"}
+_FLAGS = {
+    "HDIM64": "head dim 64, whose code has the unequal ones",
+    "HDIMDIFF64": "unequal head dims",
+    "PAGEDKV": "paged attention",
+    "VARLEN": "ragged batches",
+}
 _FIELDS: dict[str, Constraint] = {
     "num_q_heads": Anything((1, 6, 16)),
     "kv_lora_rank": OneOf(512),

@@ -95,6 +95,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> None:
     require(dim <= 256 and dim % (16 if q.dtype == _FP8 else 8) == 0, "head_size must be a multiple of 8 (fp8: 16)")
     unequal = (128 < dim <= 192 and 96 < v_dim <= 128) or (dim <= 64 and v_dim <= 512)
     require(dim == v_dim or unequal, "head dims of V and of Q and K do not fit each other")
+    require(v_dim <= 256 or not q.requires_grad, "the backward pass supports head dimension at most 256")
     require(sinks is None or sinks.dtype == torch.bfloat16, "sinks must have dtype bfloat16")
 
 
