@@ -20,6 +20,7 @@ pages of any size.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import hal
@@ -98,7 +99,13 @@ _PAGED: Mapping[str, Constraint] = {
 }
 
 
-def _kernel(phase: str, more: Mapping[str, Constraint], rank: int, copies: str = "") -> Kernel:
+def _kernel(
+    phase: str,
+    more: Mapping[str, Constraint],
+    rank: int,
+    copies: str = "",
+    copies_with: Mapping[str, str] = MappingProxyType({}),
+) -> Kernel:
     return Kernel(
         name=f"fa2.{phase}",
         op="attention",
@@ -110,6 +117,7 @@ def _kernel(phase: str, more: Mapping[str, Constraint], rank: int, copies: str =
         fields={**_COMMON, **more},
         check=_built_for,
         copies=copies,
+        copies_with=copies_with,
         row_alignment=16,
         evidence={"*": "emulated"},
         note="flash-attention 2",
@@ -118,8 +126,12 @@ def _kernel(phase: str, more: Mapping[str, Constraint], rank: int, copies: str =
 
 _PADDED = "the output, where a plan of fixed size is called with more tokens than its rows have"
 
+_FAR = {
+    "needs_grad": "dense q, k or v whose sequences do not follow each other, where gradients of q take 2**31 numbers or more"
+}
+
 KERNELS = (
-    _kernel("prefill", _FRESH, 50),
+    _kernel("prefill", _FRESH, 50, copies_with=_FAR),
     _kernel("extend", _PAGED, 25),
     _kernel("decode", _PAGED, 50, _PADDED),
 )

@@ -152,7 +152,8 @@ KERNELS = (
         "rotary_embedding",
         "rotary",
         _ROTARY,
-        f"the tokens' cosines and sines; the results, into an out that is not q and k; {_READS}",
+        "the tokens' cosines and sines; q and k, where their tokens are not evenly spaced; the results, into an out that "
+        f"is not q and k; {_READS}",
     ),
     _kernel(
         "kv_cache_write",

@@ -146,6 +146,10 @@ KERNELS = (
             "graph": OneOf(False, True),
         },
         check=_flash_check,
+        copies_with={
+            "needs_grad": "dense q, k or v whose sequences do not follow each other, where gradients of q take 2**31 "
+            "numbers or more"
+        },
         note="flash-attention 2 inside torch",
         evidence={"sm_90": "run", **_EMULATED},
     ),
@@ -183,6 +187,7 @@ KERNELS = (
         check=_cudnn_check,
         copies="q, where fewer queries than keys are causal (it is padded to as many), and one query on sm_10x (to two); "
         "the output, where more are (zeros are put before it), and of ragged batches of unequal lengths (put together)",
+        copies_with={"needs_grad": "the output of dense batches of 2**31 elements or more (put together)"},
         note="ragged batches of unequal lengths: a call a sequence, with lengths read from the device",
         evidence={"sm_90": "run", **_EMULATED},
     ),
