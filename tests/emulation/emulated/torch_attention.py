@@ -5,7 +5,7 @@
   inf to a multiple of 32, and 0 for a row without keys, whose output is left as it is if ``v_head_dim``
   is above 128, as the gradient of its q always is. A causal sequence with more queries than keys comes out wrong.
 * ``_scaled_dot_product_cudnn_attention``: ``[batch, heads, len, dim]``, causal from the first key; a last dim of
-  1 in the LSE; no backward of one query over one key.
+  1 in the LSE; the output lies in memory as q does (``alloc_with_matching_layout``); no backward of one query over one key.
 
 Each has the backward pass that torch's autograd calls.
 """
@@ -106,9 +106,20 @@ def _cudnn(
     require(q.shape[1] % k.shape[1] == 0, "heads of key must divide heads of query")
     rows = zip(*(x.transpose(1, 2) for x in (q, k, v)), strict=True)
     found = [_from_the_first_key(*row, scale, causal) for row in rows]
-    out = torch.stack([out for out, _ in found]).transpose(1, 2).to(q.dtype)
+    out = _laid_out_as(q, torch.stack([out for out, _ in found]).transpose(1, 2).to(q.dtype))
     lse = torch.stack([lse for _, lse in found]).transpose(1, 2).contiguous().unsqueeze(-1)
     return out, lse if wants_lse else _NOTHING, _NOTHING, _NOTHING, q.shape[2], k.shape[2], _SEED, _SEED, _NOTHING
+
+
+def _laid_out_as(q: Tensor, out: Tensor) -> Tensor:
+    """The output with q's order of strides: its own strides, where the sizes are the same and q has no gaps."""
+    if q.shape == out.shape:
+        return torch.empty_like(q).copy_(out)
+    outward = sorted(range(4), key=q.stride)
+    strides, reach = [0] * 4, 1
+    for dim in outward:
+        strides[dim], reach = reach, reach * out.shape[dim]
+    return out.new_empty(reach).as_strided(out.shape, strides).copy_(out)
 
 
 def _from_the_first_key(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:

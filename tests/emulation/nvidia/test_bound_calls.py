@@ -25,9 +25,10 @@ def built(library: str, **fields: Any) -> Any:
     return hardware.build(f"{library}.prefill", AttentionRequest(**{**BASE, **heads, **fields}))
 
 
-def tensors(library: str, *sizes: int) -> list[torch.Tensor]:
+def tensors(library: str, *sizes: int, dims: tuple[int, int] = (64, 64)) -> list[torch.Tensor]:
     torch.manual_seed(0)
-    return [torch.randn(*sizes, h, 64).half() for h in ((4, 4, 4) if library == "sdpa_efficient" else (4, 2, 2))]
+    heads = (4, 4, 4) if library == "sdpa_efficient" else (4, 2, 2)
+    return [torch.randn(*sizes, *each).half() for each in zip(heads, (dims[0], *dims), strict=True)]
 
 
 @pytest.mark.parametrize("library", KERNELS)
@@ -47,15 +48,18 @@ def test_a_dense_call_that_is_bound_gives_the_same(library: str, causal: bool, l
             torch.testing.assert_close(bound, plain, atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("library", KERNELS)
+@pytest.mark.parametrize(("library", "dims"), [*((name, (64, 64)) for name in KERNELS), ("sdpa_cudnn", (192, 128))])
 @pytest.mark.parametrize("return_lse", [False, True])
 @pytest.mark.parametrize("lens", [[5], [5, 5], [1, 1, 1], [4, 9, 2], [3, 0, 7], []])
-def test_the_call_of_a_step_gives_the_same(library: str, return_lse: bool, lens: list[int]) -> None:
-    # requirement B10, D9, C7
+@pytest.mark.parametrize("heads_first", [False, True])
+def test_the_call_of_a_step_gives_the_same(
+    heads_first: bool, library: str, dims: tuple[int, int], return_lse: bool, lens: list[int]
+) -> None:  # requirement B10, D9, C7
     with nvidia.running_on("sm_90", library):
-        prefill = built(library, return_lse=return_lse)
+        prefill = built(library, return_lse=return_lse, head_dim=dims[0], v_head_dim=dims[1])
         step = make_step(lens, lens, torch.zeros(len(lens), 1, dtype=torch.int32), 16, torch.device("cpu"))
-        q, k, v = tensors(library, sum(lens))
+        q, k, v = tensors(library, sum(lens), dims=dims)
+        q = q.transpose(0, 1).contiguous().transpose(0, 1) if heads_first else q
         bounds = {"max_seqlen_q": step.max_q_len, "max_seqlen_k": step.max_q_len}
         cumulative = {"cu_seqlens_q": step.cu_seqlens_q, "cu_seqlens_k": step.cu_seqlens_q}
         extras = {"return_lse": True} if return_lse else {}

@@ -27,14 +27,14 @@ def built(library: str, **fields: Any) -> Any:
     return hardware.build(f"{library}.prefill", request)
 
 
-def inputs(kv_len: int = 20) -> list[Tensor]:
+def inputs(kv_len: int = 20, dims: tuple[int, int] = (64, 64)) -> list[Tensor]:
     torch.manual_seed(0)
-    sizes = ((20, 4), (kv_len, 2), (kv_len, 2))
-    return [torch.randn(5, length, heads, 64).half().requires_grad_() for length, heads in sizes]
+    sizes = ((20, 4, dims[0]), (kv_len, 2, dims[0]), (kv_len, 2, dims[1]))
+    return [torch.randn(5, *size).half().requires_grad_() for size in sizes]
 
 
-def results(call: Any, three: list[Tensor]) -> list[Tensor]:
-    out = call(*three)
+def results(call: Any, three: list[Tensor], **extras: Tensor) -> list[Tensor]:
+    out = call(*three, **extras)
     return [out.detach(), *torch.autograd.grad(out.float().square().sum(), three)]
 
 
@@ -50,18 +50,24 @@ def watched(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         yield seen
 
 
-@pytest.mark.parametrize("watched", ["sdpa_flash", "fa2"], indirect=True)
+@pytest.mark.parametrize(
+    ("watched", "alibi"), [("sdpa_flash", False), ("fa2", False), ("fa2", True)], indirect=["watched"]
+)
 @pytest.mark.parametrize("kv_len", [20, 33, 7])
 def test_flash_attention_2_is_called_in_its_ragged_form(
-    kv_len: int, watched: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    kv_len: int,
+    alibi: bool,
+    watched: list[tuple[Any, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:  # requirement P24
-    library = request.node.callspec.params["watched"]
     three = inputs(kv_len)
-    call = built(library)
-    dense = results(call, three)
+    call = built(request.node.callspec.params["watched"], alibi=alibi)
+    slopes = {"alibi_slopes": torch.tensor([0.5, 0.25, 0.125, 0.0625])} if alibi else {}
+    dense = results(call, three, **slopes)
     monkeypatch.setattr(_flash, "_FAR_GRADIENTS", 5 * 128 * 4 * 64)
     assert call.for_dense(*three) is call
-    ragged = results(call, three)
+    ragged = results(call, three, **slopes)
     for mine, right in zip(ragged, dense, strict=True):
         torch.testing.assert_close(mine, right, atol=2e-3, rtol=2e-3)
     if watched:
@@ -83,16 +89,26 @@ def test_without_gradients_and_below_the_limit_it_is_not(library: str, monkeypat
 
 
 @pytest.mark.parametrize("watched", ["sdpa_cudnn"], indirect=True)
-@pytest.mark.parametrize("kv_len", [20, 33, 7])
+@pytest.mark.parametrize("dims", [(64, 64), (192, 128), (64, 128)])
+@pytest.mark.parametrize(
+    ("causal", "kv_len", "counts"),
+    [(True, 20, [2, 2, 1]), (True, 33, [2, 2, 1]), (True, 7, [5]), (False, 33, [2, 2, 1]), (False, 7, [2, 2, 1])],
+)
 def test_cudnn_gets_as_many_sequences_as_it_reaches(
-    kv_len: int, watched: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+    causal: bool,
+    kv_len: int,
+    counts: list[int],
+    dims: tuple[int, int],
+    watched: list[tuple[Any, ...]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # requirement P24
-    three, call = inputs(kv_len), built("sdpa_cudnn")
+    """By the longer of queries and keys, and the wider of keys and values. A causal mask cuts off queries without keys."""
+    three, call = inputs(kv_len, dims), built("sdpa_cudnn", causal=causal, head_dim=dims[0], v_head_dim=dims[1])
     whole = results(call, three)
-    monkeypatch.setattr(_sdpa_cudnn, "_FAR_GRADIENTS", 2 * max(20, kv_len) * 4 * 64 + 1)
+    monkeypatch.setattr(_sdpa_cudnn, "_FAR_GRADIENTS", 2 * max(20, kv_len) * 4 * max(dims) + 1)
     watched.clear()
     parts = results(call, three)
-    assert [args[0].shape[0] for args in watched] == ([2, 2, 1] if kv_len > 7 else [5])
+    assert [args[0].shape[0] for args in watched] == counts
     for mine, right in zip(parts, whole, strict=True):
         torch.testing.assert_close(mine, right, atol=2e-3, rtol=2e-3)
 

@@ -93,3 +93,19 @@ def test_like_calls_are_looked_at_once_and_others_anew(calls: list[Any]) -> None
         call(*projected(1))
     call(*near)
     assert len(calls) == 3
+
+
+@pytest.mark.parametrize("which", ["q", "k"])
+def test_longer_sequences_of_like_tensors_are_looked_at_anew(
+    which: str, calls: list[Any]
+) -> None:  # requirement P24, C4
+    """How far the sequences of ragged tensors lie follows from the lengths, of which strides tell nothing."""
+    call = hardware.build("sdpa_efficient.prefill", REQUEST)
+    three = [x.flatten(0, 1) for x in projected(1)]
+    short = {f"cu_seqlens_{name}": torch.tensor([0, 4], dtype=torch.int32) for name in "qk"}
+    bounds = {"max_seqlen_q": 4, "max_seqlen_k": 4}
+    call(*three, **short, **bounds)
+    longer = {f"cu_seqlens_{which}": torch.tensor([0, LENGTH], dtype=torch.int32), f"max_seqlen_{which}": LENGTH}
+    with pytest.raises(ValueError, match=f"a sequence of {LENGTH} tokens of {which} .* in 32 bits"):
+        call(*three, **{**short, **bounds, **longer})
+    assert len(calls) == 1
