@@ -188,3 +188,48 @@ def test_a_step_of_too_many_tokens_is_refused_by_its_plan(
     step = make_step(lens, lens, torch.zeros(len(lens), 2, dtype=torch.int32), 16, CPU)
     with pytest.raises(ValueError, match="20 tokens of 4 heads of 64 have 5120 elements"):
         made.for_step(step) if KERNELS[name].phase == "prefill" else made.plan(step)
+
+
+def test_many_keys_of_few_queries_are_refused(held: Installed, monkeypatch: pytest.MonkeyPatch) -> None:
+    # requirement P24
+    made, _ = attention("flashinfer_fa2.prefill")
+    monkeypatch.setattr(_flashinfer_reads, "_FAR_QUERIES", 20 * 2 * 64)
+    q, k, v = (torch.randn(count, heads, 64).bfloat16() for count, heads in ((2, 4), (20, 2), (20, 2)))
+    lengths = [torch.tensor([0, count], dtype=torch.int32) for count in (2, 20)]
+    before = len(held.calls)
+    with pytest.raises(ValueError, match="20 tokens of 2 heads of 64 have 2560"):
+        made(q, k, v, cu_seqlens_q=lengths[0], cu_seqlens_k=lengths[1])
+    assert len(held.calls) == before
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_each_layer_s_tensors_are_looked_at(which: int, held: Installed) -> None:  # requirement P24, C4
+    """Those of one layer are near, of the next q, k or v lies far: it is refused, though the others are alike."""
+    made, _ = attention("flashinfer_fa2.prefill")
+    layer = made.for_step(make_step([2], [2], torch.zeros(1, 1, dtype=torch.int32), 16, CPU))
+    three = [spaced(2, heads, 64, gap=64) for heads in (4, 2, 2)]
+    layer(*three)
+    before = len(held.calls)
+    x = three[which]
+    three[which] = torch.empty(0, dtype=x.dtype, device="meta").as_strided(x.shape, (1 << 32, 128, 1))
+    with pytest.raises(ValueError, match=rf"{'qkv'[which]} \(.*\) with strides .* in 32 bits"):
+        layer(*three)
+    assert len(held.calls) == before
+
+
+@pytest.mark.parametrize("name", [name for name in FA2 if KERNELS[name].phase != "prefill"])
+def test_queries_of_a_longer_step_are_looked_at_anew(
+    name: str, held: Installed, monkeypatch: pytest.MonkeyPatch
+) -> None:  # requirement P24, C4
+    """A plan that is updated has more of them, over strides that it has seen."""
+    made, (q, *caches, _, _) = attention(name)
+    count = len(q)
+    q = torch.randn(20, q.shape[1], 4 * q.shape[2]).bfloat16()[..., : q.shape[2]]
+    monkeypatch.setattr(_flashinfer_reads, "_FAR_QUERIES", 18 * q.stride(0))
+    lens = [1] * 20 if KERNELS[name].phase == "decode" else [20]
+    steps = [make_step(n, n, torch.zeros(len(n), 2, dtype=torch.int32), 16, CPU) for n in ([count], lens)]
+    payload = made.plan(steps[0])
+    called(name, made, [q[:count], *caches, steps[0], payload])
+    payload = made.update(steps[1], payload)
+    with pytest.raises(ValueError, match=r"q .* with strides .* in 32 bits: give fewer tokens"):
+        called(name, made, [q, *caches, steps[1], payload])

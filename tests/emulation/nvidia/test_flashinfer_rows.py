@@ -182,6 +182,22 @@ def test_caches_that_it_would_misread_are_refused(odd: str, held: Installed) -> 
     assert held.calls == []
 
 
+@pytest.mark.parametrize("odd", ["strides of v", "address of k", "address of v"])
+def test_caches_are_looked_at_after_like_ones_too(odd: str, held: Installed) -> None:  # requirement D8, P32, C4
+    """The strides of k's cache are remembered: its address, and v's cache, are new in each call."""
+    write = built("kv_cache_write", **CACHE)
+    k, v = (torch.randn(1, 2, 64).to(BFLOAT16) for _ in range(2))
+    caches = [torch.zeros(4, 16, 2, 64).to(BFLOAT16) for _ in range(2)]
+    write(k, v, *caches, torch.zeros(1, dtype=torch.int64))
+    assert len(held.calls) == 1
+    wide = torch.zeros(4, 2, 16, 2, 64).to(BFLOAT16)[:, 0]
+    place = 0 if odd == "address of k" else 1
+    caches[place] = wide if odd == "strides of v" else shifted(caches[place])
+    with pytest.raises(ValueError, match="choose another write kernel"):
+        write(k, v, *caches, torch.zeros(1, dtype=torch.int64))
+    assert len(held.calls) == 1
+
+
 @pytest.mark.parametrize("tokens", [0, 7])
 def test_states_of_any_strides_are_merged(tokens: int, held: Installed) -> None:  # requirement B14, B15
     torch.manual_seed(0)
