@@ -43,6 +43,7 @@ _MIB = 1 << 20
 _TILES = (16, 64, 128)
 """Rows of a query tile (``FA2DetermineCtaTileQ`` of ``include/flashinfer/attention/scheduler.cuh``)."""
 _BLOCKS_A_PROCESSOR = 2
+_UNSIGNED = 1 << 32
 MOST_PROCESSORS = 256
 _FUNCTIONS = 128 * _MIB
 """What flashinfer recommends for its functions (``decode.py``, ``cudnn/decode.py``)."""
@@ -182,14 +183,15 @@ def scratch_size(request: AttentionRequest, device: hal.Device, tokens: int = 1 
     """Bytes that a plan of ``tokens`` queries in ``batch`` rows may take for partial results.
 
     One accumulator and one logsumexp a query head and row of each tile that is in flight or, in a captured graph, of
-    each tile that there can be (``PrefillPlan`` and ``DecodePlan`` of ``scheduler.cuh``).
+    each tile that there can be (``PrefillPlan`` of ``scheduler.cuh``). ``DecodePlan`` takes one a block, of which a
+    processor holds 16, as two of the smallest tiles have. The longest row that a graph may have is counted there in 32
+    bits without a sign: fewer tokens than rows are very many, in the largest tiles.
     """
-    packed = max(1, tokens - batch + 1) * request.group_size
+    packed = (tokens - batch + 1) % _UNSIGNED * request.group_size
     tile = next((t for t in _TILES if packed <= t), _TILES[-1])
     in_flight = _BLOCKS_A_PROCESSOR * (device.multiprocessors or MOST_PROCESSORS) // request.num_kv_heads + 1
     tiles = max(in_flight, -(-tokens * request.group_size // tile) + batch) if batch else in_flight
-    rows = max(tiles * tile, 16 * in_flight)
-    return request.num_q_heads * rows * (request.v_head_dim + 1) * 4 + _MIB
+    return request.num_q_heads * tiles * tile * (request.v_head_dim + 1) * 4 + _MIB
 
 
 def identity(make: Callable[..., Any]) -> tuple[Any, ...]:

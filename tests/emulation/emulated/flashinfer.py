@@ -28,6 +28,7 @@ from torch import Tensor
 import hal
 from emulated.flashinfer_functions import FUNCTIONS, Masks, attention
 from emulated.flashinfer_mla import Mla
+from emulated.flashinfer_sizes import decode_plan, prefill_plan
 from emulated.named import by_name
 from emulated.signatures import functions, signature
 
@@ -89,6 +90,10 @@ class _Wrapper:
         assert self._backend == "fa2" or kv_data_type == q_data_type, "fa3 takes queries and keys of one format"
         self._masks, self._types = masks, (q_data_type, kv_data_type)
 
+    def _fits(self, needed: int) -> None:
+        if self._backend == "fa2":
+            assert self._float_workspace_buffer.numel() >= needed, "Buffer overflow when allocating memory for tmp_v"
+
     def _check(self, q: Tensor, k: Tensor, rows: int) -> None:
         assert (q.dtype, k.dtype) == self._types, "dtypes differ from those of plan"
         if q.shape[0] != rows:
@@ -133,6 +138,7 @@ class Ragged(_Wrapper):
         scale = head_dim_qk**-0.5 if sm_scale is None else sm_scale
         masks = Masks(causal, window_left, logits_soft_cap or 0.0, scale)
         self._remember(masks, q_data_type, kv_data_type or q_data_type, (head_dim_qk, head_dim_vo or head_dim_qk))
+        self._fits(prefill_plan(self.arch, (num_qo_heads, num_kv_heads), head_dim_vo or head_dim_qk))
         self._lengths = qo_indptr.diff().tolist(), kv_indptr.diff().tolist()
         pairs = zip(*self._lengths, strict=True)
         assert not (causal and self._backend == "fa2") or all(q <= kv or kv < _TILE for q, kv in pairs), "unmasked"
@@ -226,6 +232,8 @@ class PagedPrefill(_Paged):
         if self._graph is not None:
             self._most_rows = self._most_rows or self._rows
             assert self._rows <= self._most_rows, "more rows than the first plan had"
+        sizes = {"rows": self._most_rows, "batch": len(paged_kv_last_page_len)}
+        self._fits(prefill_plan(self.arch, (num_qo_heads, num_kv_heads), head_dim_vo or head_dim_qk, **sizes))
         self._page_size = page_size
         tables = {"kv_indptr": paged_kv_indptr, "indices": paged_kv_indices, "last_page_len": paged_kv_last_page_len}
         self._keep({"qo_indptr": qo_indptr, **tables})
@@ -325,10 +333,16 @@ class Decode(_Paged):
     ) -> None:
         on_host(indptr, last_page_len)
         group = num_qo_heads // num_kv_heads
-        assert self._tensor_cores or group in (1, 2, 3, 4, 6, 8, 16), f"group size {group} needs tensor cores"
+        assert self._tensor_cores or group in (1, 2, 3, 4, 8), f"group size {group} needs tensor cores"
         scale = head_dim**-0.5 if sm_scale is None else sm_scale
         masks = Masks(False, window_left, logits_soft_cap or 0.0, scale)
         self._remember(masks, q_data_type, kv_data_type or q_data_type, (head_dim, head_dim))
+        heads, rows = (num_qo_heads, num_kv_heads), len(last_page_len)
+        sizes = {"rows": None if self._graph is None else rows, "batch": rows}
+        tensor = self._tensor_cores
+        self._fits(
+            prefill_plan(self.arch, heads, head_dim, **sizes) if tensor else decode_plan(self.arch, heads, head_dim)
+        )
         tables = {"kv_indptr": indptr, "indices": indices, "last_page_len": last_page_len}
         self._keep(tables)
         check_seq_lens(tables, seq_lens, page_size)

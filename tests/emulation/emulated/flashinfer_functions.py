@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from emulated.attend import attend, fresh_rows, with_garbage
-from emulated.flashinfer_memory import ABSENT, scratched, statistics, with_counters, with_semaphores
+from emulated.flashinfer_memory import ABSENT, partial_results, scratched, statistics, with_counters, with_semaphores
 from emulated.flashinfer_rows import ROWS
 
 __all__ = ["FUNCTIONS", "Masks", "attention"]
@@ -138,7 +138,7 @@ def trtllm_batch_decode_with_kv_cache(
     assert cum_seq_lens_q is not None
     assert max_q_len is not None
     heads, rows = query.shape[1], len(seq_lens)
-    needed = statistics(heads, rows, max_q_len, return_lse)
+    needed = statistics(heads, rows, max_q_len, return_lse) + partial_results(kv_cache[1].shape[-1])
     with_counters(workspace_buffer, multi_ctas_kv_counter_buffer, heads, rows, needed)
     return _trtllm(
         query, kv_cache, block_tables, seq_lens, max_q_len, max_seq_len, bmm1_scale, bmm2_scale,
@@ -166,7 +166,7 @@ def trtllm_batch_decode_with_kv_cache_mla(
     assert block_tables.shape[0] == len(seq_lens) == rows, "Expected batch size"
     assert block_tables.shape[1] % (128 / size) == 0, "Expected block_num % (128 / block_size) == 0"
     assert int(seq_lens.max()) <= max_seq_len
-    needed = statistics(heads, rows, queries, return_lse)
+    needed = statistics(heads, rows, queries, return_lse) + partial_results(kv_lora_rank)
     with_counters(workspace_buffer, multi_ctas_kv_counter_buffer, heads, rows, needed)
     if query.dtype == torch.bfloat16:
         assert isinstance(bmm1_scale, float), "scales on the device are for FP8 tensor cores"
@@ -189,6 +189,7 @@ def xqa_batch_decode_with_kv_cache(
     with_semaphores(workspace_buffer)
     assert len(query) == len(block_tables) == len(seq_lens), "one query a row"
     assert q_len_per_req == 1
+    assert int(seq_lens.max()) <= max_seq_len
     assert kv_cache[0].shape[1 if kv_layout == "NHD" else 2] in (16, 32, 64, 128)
     assert query.shape[-1] % 16 == 0
     scale, v_scale = _scaled(query, bmm1_scale, bmm2_scale)

@@ -4,6 +4,8 @@
   before 0.6.15. Behind that they leave anything.
 * The others leave anything anywhere. With an LSE, trtllm-gen begins with statistics: 8 bytes for each query that a row
   may have, rounded up to 256, and 1 MiB more (``csrc/trtllm_fmha_kernel_launcher.cu``).
+* Where keys are split, trtllm-gen's decode keeps behind that a maximum and a sum, 8 bytes, and an output of each row of each
+  block: one block a processor, of two tiles of 128 rows at most (``kernelParams.h``, ``ptrPartialStats``).
 * Since 0.6.15 trtllm-gen's functions take counters, and make and zero them in each call without.
 """
 
@@ -13,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["ABSENT", "scratched", "statistics", "with_counters", "with_semaphores"]
+__all__ = ["ABSENT", "partial_results", "scratched", "statistics", "with_counters", "with_semaphores"]
 
 MIB = 1 << 20
 FRONT = 8 * MIB
@@ -26,6 +28,11 @@ _PROCESSORS = 148
 def statistics(heads: int, rows: int, longest: int, wanted: bool) -> int:
     """Bytes that trtllm-gen takes for an LSE."""
     return 8 * heads * rows * -(-longest // 256) * 256 + MIB if wanted else 0
+
+
+def partial_results(dim: int) -> int:
+    """Bytes that trtllm-gen's decode takes where it splits keys, over values of ``dim``."""
+    return _PROCESSORS * 2 * 128 * (8 + 4 * dim)
 
 
 def scratched(buffer: Tensor, needed: int = 0) -> None:

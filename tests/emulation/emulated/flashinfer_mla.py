@@ -13,6 +13,7 @@ from torch import Tensor
 
 import hal
 from emulated.attend import attend
+from emulated.flashinfer_sizes import mla_plan
 
 __all__ = ["Mla"]
 
@@ -59,6 +60,8 @@ class Mla:
         assert len(kv_len_arr), "the mean of no rows"
         self._q_lens, self._kv_lens = qo_indptr.diff().tolist(), kv_len_arr.tolist()
         assert sum(-(-n * num_heads // 64) for n in self._q_lens) < _TILES
+        needed = mla_plan(self.arch, sum(self._q_lens) * num_heads, len(kv_len_arr), head_dim_ckv)
+        assert self._buffer.numel() >= needed, "Buffer overflow when allocating memory for mla_partial_o"
         self._pages = [kv_indices[a:b].long() for a, b in itertools.pairwise(kv_indptr)]
         self._heads, self._page_size, self._types = num_heads, page_size, (q_data_type, kv_data_type)
         self._causal, self._scale = causal, sm_scale

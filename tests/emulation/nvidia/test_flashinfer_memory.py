@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from emulated import hardware, nvidia
-from emulated.flashinfer_memory import FRONT, statistics
+from emulated.flashinfer_memory import FRONT, partial_results, statistics
 from emulated.library import Installed
 
 import hal
@@ -118,7 +118,8 @@ def test_memory_suits_the_largest_statistics_and_all_rows(version: str, graph: b
             for batch, longest in ((1, 1), (300, 4096), (70000, 1)):
                 memory: Memory = paged.plan(step_of(batch, longest))
                 front = FRONT if version == OLD and name == "trtllm_gen.decode" else 0
-                assert memory.buffer.numel() > front + statistics(6, batch, longest, True)
+                splits = partial_results(128) if name == "trtllm_gen.decode" else 0
+                assert memory.buffer.numel() > front + statistics(6, batch, longest, True) + splits
                 if memory.counters is not None:
                     assert memory.counters.numel() >= 4 * batch * 6
                     assert not memory.counters.any()
@@ -137,3 +138,10 @@ def test_a_buffer_that_grows_is_zero_at_the_front_again() -> None:
     assert not third[: pool.ZEROED].any()
     assert pool.counters(CPU, 7, 64) is not pool.counters(CPU, 8, 64)
     assert not pool.counters(CPU, 7, 64).any()
+
+
+@pytest.mark.parametrize("buffer_of", [pool.for_functions, pool.zeroed])
+def test_streams_do_not_share_what_functions_work_in(buffer_of: Any) -> None:  # requirement C3
+    """Calls on two streams may overlap."""
+    assert buffer_of(CPU, 7) is buffer_of(CPU, 7)
+    assert buffer_of(CPU, 7) is not buffer_of(CPU, 8)
