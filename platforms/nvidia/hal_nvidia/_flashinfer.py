@@ -26,8 +26,8 @@ __all__ = [
 ]
 
 _TENSOR_CORES_FROM = 4
-"""Query heads a kv head from which tensor cores decode faster (flashinfer's ``use_tensor_cores``). The other kernel has code for
-each group below that, and for FP8 caches too (0.6.13, ``decode.cuh``, ``DISPATCH_GQA_GROUP_SIZE``)."""
+"""Query heads a kv head from which tensor cores decode faster (flashinfer's ``use_tensor_cores``). The other kernel has code
+for each group below that, and for FP8 caches too (0.6.13, ``decode.cuh``, ``DISPATCH_GQA_GROUP_SIZE``)."""
 
 
 def fa2_prefill(request: AttentionRequest, device: hal.Device) -> Prefill:
