@@ -12,7 +12,7 @@ from typing import Any
 import hal
 from hal_nvidia._flashinfer_paged import Paged, plan_arguments
 from hal_nvidia._flashinfer_prefill import Prefill
-from hal_ops import torch_dtype
+from hal_ops import is_fp8, torch_dtype
 from hal_ops.attention import AttentionRequest
 
 __all__ = [
@@ -26,8 +26,13 @@ __all__ = [
 ]
 
 _TENSOR_CORES_FROM = 4
-"""Query heads a kv head from which tensor cores decode faster (flashinfer's ``use_tensor_cores``). The other kernel has code
-for each group below that, and for FP8 caches too (0.6.13, ``decode.cuh``, ``DISPATCH_GQA_GROUP_SIZE``)."""
+"""Query heads a kv head from which tensor cores decode faster (flashinfer's ``use_tensor_cores``)."""
+
+
+def _uses_tensor_cores(request: AttentionRequest) -> bool:
+    """Over FP8 caches always: the kernel without them has never run here with such a cache. It sums in float32 where keys
+    and values of one byte were, which on sm_75 is too little room (flashinfer pull request 5038)."""
+    return request.group_size >= _TENSOR_CORES_FROM or is_fp8(request.kv_dtype)
 
 
 def fa2_prefill(request: AttentionRequest, device: hal.Device) -> Prefill:
@@ -57,7 +62,7 @@ def fa2_decode(request: AttentionRequest, device: hal.Device) -> Paged:
     make = functools.partial(
         _flashinfer().BatchDecodeWithPagedKVCacheWrapper,
         kv_layout=request.kv_layout,
-        use_tensor_cores=request.group_size >= _TENSOR_CORES_FROM,
+        use_tensor_cores=_uses_tensor_cores(request),
         backend="fa2",
     )
     return Paged(request, device, make, plan_arguments(request), uniform=True)

@@ -204,14 +204,14 @@ def test_fp8_caches_are_scaled_on_the_device(dtype: str, scale: str) -> None:  #
 @pytest.mark.parametrize("kv_dtype", ["bfloat16", "float8_e4m3fn"])
 @pytest.mark.parametrize(("heads", "wanted"), [((6, 2), False), ((4, 1), True), ((14, 2), True)])
 def test_tensor_cores_decode_from_four_heads_a_kv_head_on(heads: tuple[int, int], wanted: bool, kv_dtype: str) -> None:
-    """Over FP8 caches too: the library has code for both."""
+    """Over FP8 caches always: of these the other kernel has read none on hardware."""
     request = AttentionRequest(
         num_q_heads=heads[0], num_kv_heads=heads[1], head_dim=128, page_size=16, kv_layout="NHD", kv_dtype=kv_dtype
     )
     with running("flashinfer_fa2.decode", "sm_90") as held:
         assert wrong("flashinfer_fa2.decode", [request], "sm_90") == []
         made = held.called("BatchDecodeWithPagedKVCacheWrapper.__init__")
-    assert {c.arguments["use_tensor_cores"] for c in made} == {wanted}
+    assert {c.arguments["use_tensor_cores"] for c in made} == {wanted or "float8" in kv_dtype}
 
 
 @pytest.mark.parametrize("fp8_query", [True, False])
