@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from hal._forced import Forced
 from hal._kernel import Kernel
 from hal._reason import Reason
 from hal_ops import record
-
-if TYPE_CHECKING:
-    from hal._forced import Forced
 
 __all__ = ["Candidate", "PhaseChoice"]
 
