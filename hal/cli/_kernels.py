@@ -64,6 +64,7 @@ def _kernel(kernel: Any, source: Any) -> dict[str, Any]:
         "evidence_with": dict(kernel.evidence_with),
         "copies": kernel.copies,
         "copies_with": dict(kernel.copies_with),
+        "row_alignment": kernel.row_alignment,
         "note": kernel.note,
         "plugin": source.plugin,
         "distribution": source.distribution,
@@ -120,7 +121,9 @@ def _show_fields(rows: Sequence[dict[str, Any]]) -> None:
         heading(f"{r['name']}  ({r['op']} {r['phase']}, {r['band']} {r['priority']})", first=i == 0)
         *_, places, needs, evidence, source = _row(r)
         copies = [r["copies"], *(f"with {field}: {tensors}" for field, tensors in r["copies_with"].items())]
-        facts = [("note", r["note"]), ("copies", [c for c in copies if c]), ("runs on", places), ("needs", needs)]
+        rows = "" if r["row_alignment"] == 1 else f"begin at multiples of {r['row_alignment']} bytes"
+        facts = [("note", r["note"]), ("copies", [c for c in copies if c]), ("rows", rows)]
+        facts += [("runs on", places), ("needs", needs)]
         facts += [("evidence", evidence), ("from", source)]
         table(("about it", ""), [(name, value) for name, value in facts if value])
         click.echo()

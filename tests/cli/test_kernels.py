@@ -54,3 +54,11 @@ def test_verbose_shows_what_each_field_allows(hal_cli) -> None:
             assert kernel.name in text
             for field, constraint in kernel.fields.items():
                 assert any(line.split() == [field, *constraint.allowed().split()] for line in text.splitlines())
+
+
+def test_where_rows_must_begin_is_shown(hal_cli, hal_json, fake_platform, library) -> None:
+    fake_platform(kernels=library("fast", row_alignment=32))
+    rows = {row["name"]: row["row_alignment"] for row in hal_json("kernels")["kernels"]}
+    assert (rows["fast.decode"], rows["reference.decode"]) == (32, 1)
+    _, _, after = hal_cli("kernels", "-v", "--op", "attention").stdout.partition("fast.decode")
+    assert "begin at multiples of 32 bytes" in after.partition("reference.")[0]

@@ -239,8 +239,8 @@ def _kernel(phase: str, check: object, more: Mapping[str, Constraint], copies: M
         check=check,  # type: ignore[arg-type]
         built_archs=_built_archs,
         copies_with=copies,
-        # On an H200 with tokenspeed-fa3, which is built without these three.
         row_alignment=16,
+        # On an H200 with tokenspeed-fa3, which is built without these three.
         evidence={"sm_90": "run", "*": "emulated"},
         evidence_with=dict.fromkeys(("softcap", "v_head_dim", "needs_grad"), "emulated"),
         note="flash-attention 3",
