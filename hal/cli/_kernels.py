@@ -121,10 +121,9 @@ def _show_fields(rows: Sequence[dict[str, Any]]) -> None:
         heading(f"{r['name']}  ({r['op']} {r['phase']}, {r['band']} {r['priority']})", first=i == 0)
         *_, places, needs, evidence, source = _row(r)
         copies = [r["copies"], *(f"with {field}: {tensors}" for field, tensors in r["copies_with"].items())]
-        rows = "" if r["row_alignment"] == 1 else f"begin at multiples of {r['row_alignment']} bytes"
-        facts = [("note", r["note"]), ("copies", [c for c in copies if c]), ("rows", rows)]
-        facts += [("runs on", places), ("needs", needs)]
-        facts += [("evidence", evidence), ("from", source)]
+        begin = "" if r["row_alignment"] == 1 else f"begin at multiples of {r['row_alignment']} bytes"
+        facts = [("note", r["note"]), ("copies", [c for c in copies if c]), ("rows", begin), ("runs on", places)]
+        facts += [("needs", needs), ("evidence", evidence), ("from", source)]
         table(("about it", ""), [(name, value) for name, value in facts if value])
         click.echo()
         table(("field of the request", "allowed"), r["fields"].items())
