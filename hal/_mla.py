@@ -136,7 +136,7 @@ class MlaAttention(Planner):
         if (count, tokens) != (len(given), plan.num_tokens) or buffers is not plan._buffers or not same(*given):
             sizes = [plan.num_tokens] if plan._buffers is None else [plan.num_tokens, plan._buffers.sizes["max_tokens"]]
             check_tensors(self, tensors, sizes)
-            if not _same.learnt(*given):
+            if not (self._debug_checks or _same.learnt(*given)):
                 self._known_step = _same.like(*given), len(given), plan.num_tokens, plan._buffers
         if self._debug_checks:
             check_pages(plan._step, cache)

@@ -8,6 +8,8 @@ Read from flash-attn 2.7.0 to 2.8.3.post2, ``csrc/flash_attn/flash_api.cpp``, ``
 * windows on both sides, softcap, ALiBi, any scale; no sinks. Causality is aligned to the last key.
 * a row without keys has the LSE +inf.
 * the forward pass gives the same bits again; the backward pass does if asked to (``deterministic``).
+* sources from between 2026-04-16 and 2026-05-12 split the keys of ragged paged calls and lose rows (pull requests 2448 and
+  2550). They call themselves 2.8.4, as the mended ones do, so that no version tells them apart.
 * archs: ``setup.py`` builds cubins without PTX, for 8.0, and with CUDA 11.8 for 9.0; since 2.7.3 with CUDA 12.8 for 10.0 and
   12.0 too (``FLASH_ATTN_CUDA_ARCHS``). Each runs on later archs of its line. Before 2.7.3 ``flash_api.cpp`` refuses all
   but 8.x and 9.0 besides (``is_sm90 || is_sm8x``).

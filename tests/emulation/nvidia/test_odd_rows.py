@@ -91,6 +91,19 @@ def test_nor_are_odd_gaps_that_nothing_lies_behind(held: Any) -> None:
         step()
 
 
+def test_where_like_tensors_begin_is_looked_at_again_for_debug_checks(held: Any) -> None:  # requirement B3, R9
+    even, odd, kv = rows(3, 4)[None], rows(3, 4, begin=1)[None], rows(3, 2)[None]
+    with hal.override(debug_checks=True):
+        attn = attention()
+        attn(even, kv, kv)
+        with pytest.raises(InputError, match="begins 2 bytes past a multiple of 16"):
+            attn(odd, kv, kv)
+        plan, cache = attn.plan(q_lens=[3], kv_lens=[3], block_table=[[0]]), attn.allocate_kv_cache(1)
+        attn(even[0], cache=cache, plan=plan)
+        with pytest.raises(InputError, match="begins 2 bytes past a multiple of 16"):
+            attn(odd[0], cache=cache, plan=plan)
+
+
 def test_a_cache_of_odd_pages_is_refused(held: Any) -> None:  # requirement P32
     attn = attention()
     pages = torch.zeros(2 * 16 * 2 * 64 + 1).half()[1:].view(2, 16, 2, 64)
