@@ -246,7 +246,7 @@ class Registry:
         known = self._names(k for k in self.kernels.values() if k.op == op)
         elsewhere = sorted({k.op for k in self.kernels.values() if k.answers_to(name)})
         why = f"it serves {', '.join(elsewhere)}" if elsewhere else "no kernel or library is called that"
-        near = "" if elsewhere else did_you_mean(name, known)
+        near = _meant(name, () if elsewhere else known, [k for k in self.kernels.values() if k.op == op])
         raise UnknownKernelError(
             f"{source} asks for {name!r} for op {op}, but {why}.{near} Known for {op}: {', '.join(known)}",
             name=name,
@@ -262,8 +262,8 @@ class Registry:
         known = self._names(self.kernels.values())
         if name not in known:
             raise UnknownKernelError(
-                f"{source} names {name!r}, and no kernel or library is called that.{did_you_mean(name, known)} "
-                f"Known: {', '.join(known)}",
+                f"{source} names {name!r}, and no kernel or library is called that."
+                f"{_meant(name, known, self.kernels.values())} Known: {', '.join(known)}",
                 name=name,
                 known=known,
             )
@@ -271,6 +271,27 @@ class Registry:
     @staticmethod
     def _names(kernels: Iterable[Kernel]) -> tuple[str, ...]:
         return tuple(sorted({name for k in kernels for name in (k.name, k.library)}))
+
+
+_FEW = 8
+
+
+def _meant(name: str, known: Iterable[str], kernels: Iterable[Kernel]) -> str:
+    """The libraries that a distribution of this name brings (``flash_attn_3``: fa3), or else the nearest name."""
+    brought: dict[str, set[str]] = {}
+    for kernel in kernels:
+        for distribution in (d for need in kernel.needs for d in need.names()):
+            brought.setdefault(distribution, set()).add(kernel.library)
+    for fits in (str.__eq__, str.startswith):
+        found = [d for d in brought if len(_letters(name)) > len("torch") and fits(_letters(d), _letters(name))]
+        if len(found) == 1 and len(brought[found[0]]) <= _FEW:
+            libraries = " or ".join(map(repr, sorted(brought[found[0]])))
+            return f" Did you mean {libraries}, of {found[0]}?"
+    return did_you_mean(name, known)
+
+
+def _letters(name: str) -> str:
+    return "".join(filter(str.isalnum, name.lower()))
 
 
 def _fields(op: Op) -> Collection[str]:

@@ -10,8 +10,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Rows",
-    "check_input",
-    "check_out",
     "empty_like",
     "fold",
     "half_of",
@@ -71,32 +69,6 @@ def _groups(sizes: tuple[int, ...], strides: tuple[int, ...]) -> list[tuple[int,
         else:
             groups.append((size, stride))
     return groups
-
-
-def check_input(name: str, x: Tensor, hidden: int, dtype: object) -> None:
-    """``x`` is ``[..., hidden]`` in ``dtype``, its last dim contiguous.
-
-    Raises:
-        ValueError: it is not; the text says what it is.
-    """
-    if x.shape[-1] != hidden or x.dtype != dtype or (x.stride(-1) != 1 and hidden != 1):
-        raise ValueError(
-            f"{name} is {x.dtype} {tuple(x.shape)} with strides {tuple(x.stride())}: this was bound for {dtype} "
-            f"[..., {hidden}] with a contiguous last dim"
-        )
-
-
-def check_out(name: str, out: Tensor, shape: tuple[int, ...], dtype: object) -> None:
-    """``out`` has ``shape`` and ``dtype``, its last dim contiguous.
-
-    Raises:
-        ValueError: it has not.
-    """
-    if out.shape != shape or out.dtype != dtype or (out.stride(-1) != 1 and shape[-1] != 1):
-        raise ValueError(
-            f"{name} is {out.dtype} {tuple(out.shape)} with strides {tuple(out.stride())}: give {dtype} "
-            f"{tuple(shape)} with a contiguous last dim"
-        )
 
 
 def empty_like(x: Tensor, *others: object) -> Tensor:

@@ -7,18 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from small_requests import SMALL
 
 import hal
 from hal.errors import InputError, PlanMismatchError
-
-SMALL: dict[str, Any] = {
-    "num_q_heads": 4,
-    "num_kv_heads": 2,
-    "head_dim": 8,
-    "dtype": "float32",
-    "device": "cpu",
-    "page_size": 4,
-}
 
 
 def q(*lead: int, heads: int = 4, dim: int = 8, dtype: torch.dtype = torch.float32) -> torch.Tensor:

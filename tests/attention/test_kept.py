@@ -11,21 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from small_requests import LATENT
 
 import hal
 from hal import _kept
 
 SMALL: dict[str, Any] = {"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 16, "dtype": "float32", "device": "cpu"}
-LATENT: dict[str, Any] = {
-    "num_q_heads": 2,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-    "dtype": "float32",
-    "device": "cpu",
-    "page_size": 4,
-}
 NORM: dict[str, Any] = {"hidden_size": 8, "dtype": "float32", "device": "cpu"}
 MAKERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "attention": (hal.get_attention, SMALL),

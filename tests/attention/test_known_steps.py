@@ -7,19 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from small_requests import SMALL
 
 import hal
 from hal import _inputs, _mla, _same
 from hal.errors import InputError, PlanMismatchError
-
-SMALL: dict[str, Any] = {
-    "num_q_heads": 4,
-    "num_kv_heads": 2,
-    "head_dim": 8,
-    "dtype": "float32",
-    "device": "cpu",
-    "page_size": 4,
-}
 
 
 def step(tokens: int = 2) -> dict[str, Any]:

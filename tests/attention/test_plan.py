@@ -7,20 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from small_requests import SMALL
 
 import hal
 from hal._plan import make_step
 from hal._portable import PortablePlatform
 from hal.errors import DeviceError, InputError, WorkspaceError
-
-SMALL: dict[str, Any] = {
-    "num_q_heads": 4,
-    "num_kv_heads": 2,
-    "head_dim": 8,
-    "dtype": "float32",
-    "device": "cpu",
-    "page_size": 4,
-}
 
 
 @pytest.fixture

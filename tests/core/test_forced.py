@@ -146,6 +146,30 @@ def test_a_wrong_name_is_an_error(
     assert "HAL_ATTENTION" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("flash_attn_3", "Did you mean 'fa3', of flash-attn-3?"),
+        ("flashinfer-python", "'flashinfer_fa3'"),
+        ("flash-attn", "Did you mean 'fa2'"),
+        ("fa33", "Did you mean 'fa3'?"),
+    ],
+)
+def test_a_library_may_be_called_as_its_distribution_is(name: str, text: str) -> None:  # requirement X1, X19
+    """As other engines and package registries call them: the text says what it is called here."""
+    with pytest.raises(UnknownKernelError) as caught:
+        hal.get_attention(num_q_heads=4, num_kv_heads=2, head_dim=64, device="cpu", kernel=name)
+    assert text in str(caught.value)
+    with hal.override(disable=[name]), pytest.raises(UnknownKernelError) as caught:
+        hal.select(AttentionRequest(num_q_heads=4, num_kv_heads=2, head_dim=64), device="cpu")
+    assert text in str(caught.value)
+
+
+def test_a_library_of_other_ops_names_its_kin() -> None:  # requirement X1
+    with pytest.raises(UnknownKernelError, match="it serves .*Did you mean .*'flashinfer_fa3'.* of flashinfer-python"):
+        hal.get_attention(num_q_heads=4, num_kv_heads=2, head_dim=64, device="cpu", kernel="FLASHINFER")
+
+
 def test_a_kernel_of_another_phase_is_an_error(two: None, monkeypatch: pytest.MonkeyPatch) -> None:  # requirement X1
     monkeypatch.setenv("HAL_ATTENTION_PREFILL", "other.decode")
     with pytest.raises(UnknownKernelError, match="it is a kernel of decode"):

@@ -20,6 +20,21 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
+def own_pool() -> Iterator[None]:
+    """Work memory of its own for what flashinfer's adapters lease: none that another test has made larger."""
+    from hal_nvidia import _flashinfer_pool as pool
+
+    buffers = hal.workspace(torch.device("cpu"))._buffers
+    before = dict(buffers)
+    buffers.clear()
+    yield
+    buffers.clear()
+    buffers.update(before)
+    pool._idle.clear()
+    pool._zeroed.clear()
+
+
+@pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Install a distribution of a name and version, with these files."""
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -130,44 +130,29 @@ def test_an_op_name_has_one_owner(install: Install, status: Status) -> None:
 
 
 @pytest.mark.parametrize(
-    ("check", "text"),
+    ("name", "code", "text"),
     [
-        (lambda request, device: 1 / 0, "ZeroDivisionError"),
-        (lambda request, device: sys.exit(7), "SystemExit: 7"),
-        (lambda request, device: ["no"], "TypeError: it gave 'no', and not a hal.Reason"),
-        (lambda request, device: None, "TypeError"),
+        ("check", lambda request, device: 1 / 0, "ZeroDivisionError"),
+        ("check", lambda request, device: sys.exit(7), "SystemExit: 7"),
+        ("check", lambda request, device: ["no"], "TypeError: it gave 'no', and not a hal.Reason"),
+        ("check", lambda request, device: None, "TypeError"),
+        ("built_archs", lambda: 1 / 0, "ZeroDivisionError"),
+        ("built_archs", lambda: sys.exit(7), "SystemExit: 7"),
+        ("built_archs", lambda: 5, "TypeError"),
     ],
 )
-def test_a_broken_check_refuses_its_kernel_alone(
-    fake_platform: Fake, attention_kernel: Declare, check: Any, text: str
+def test_broken_code_of_a_declaration_refuses_its_kernel_alone(
+    fake_platform: Fake, attention_kernel: Declare, name: str, code: Any, text: str
 ) -> None:
-    # requirement P41, X19
-    rude = attention_kernel("rude.prefill", priority=499, check=check)
+    # requirement P41, P44, X19
+    rude = attention_kernel("rude.prefill", priority=499, **{name: code})
     fake_platform("fake", kernels=[rude, attention_kernel("polite.prefill")])
     choice = hal.select(request(), device="fake").choices["prefill"]
     assert choice.kernel is not None
     assert choice.kernel.name == "polite.prefill"
     (reason,) = next(c.reasons for c in choice.candidates if c.kernel.name == "rude.prefill")
     assert reason.code == "plugin_failed"
-    assert text in reason.text
-
-
-@pytest.mark.parametrize(
-    ("built", "text"),
-    [(lambda: 1 / 0, "ZeroDivisionError"), (lambda: sys.exit(7), "SystemExit: 7"), (lambda: 5, "TypeError")],
-)
-def test_a_build_that_cannot_be_told_refuses_its_kernel_alone(
-    fake_platform: Fake, attention_kernel: Declare, built: Any, text: str
-) -> None:
-    # requirement P41, P44
-    rude = attention_kernel("rude.prefill", priority=499, built_archs=built)
-    fake_platform("fake", kernels=[rude, attention_kernel("polite.prefill")])
-    choice = hal.select(request(), device="fake").choices["prefill"]
-    assert choice.kernel is not None
-    assert choice.kernel.name == "polite.prefill"
-    (reason,) = next(c.reasons for c in choice.candidates if c.kernel.name == "rude.prefill")
-    assert reason.code == "plugin_failed"
-    assert f"built_archs() of rude.prefill failed: {text}" in reason.text
+    assert f"{name}() of rude.prefill failed: {text}" in reason.text
 
 
 @pytest.mark.parametrize(

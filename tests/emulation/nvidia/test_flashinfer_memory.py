@@ -19,6 +19,8 @@ from hal_nvidia._flashinfer_memory import Memory
 from hal_ops.attention import AttentionRequest
 from hal_ops.attention.cases import AttentionCase, make_case
 
+pytestmark = pytest.mark.usefixtures("own_pool")
+
 CPU = torch.device("cpu")
 OLD, NEW = "0.6.13", "0.7.4"
 """The last version that keeps trtllm-gen's counters in its work buffer, and one that does not."""
@@ -27,17 +29,6 @@ SHARING = {
     NEW: ("flashinfer_cudnn.decode", "xqa.decode", "trtllm_gen.extend", "trtllm_gen.decode", "flashinfer_cudnn.extend"),
 }
 GRAPHS = ("trtllm_gen.extend", "trtllm_gen.decode", "xqa.decode")
-
-
-@pytest.fixture(autouse=True)
-def apart() -> Iterator[None]:
-    """A pool of its own."""
-    before = dict(hal.workspace(CPU)._buffers)
-    hal.workspace(CPU)._buffers.clear()
-    yield
-    hal.workspace(CPU)._buffers.clear()
-    hal.workspace(CPU)._buffers.update(before)
-    pool._zeroed.clear()
 
 
 @contextlib.contextmanager

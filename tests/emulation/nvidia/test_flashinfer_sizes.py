@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from emulated import hardware, nvidia
 
-import hal
 from hal._plan import Buffers, make_step
-from hal_nvidia import _flashinfer_pool as pool
 from hal_ops.attention import AttentionRequest
 from hal_ops.mla_attention import MlaAttentionRequest
+
+pytestmark = pytest.mark.usefixtures("own_pool")
 
 CPU = torch.device("cpu")
 GRAPHS = ("flashinfer_fa2.extend", "flashinfer_fa2.decode", "flashinfer_sink.extend", "flashinfer_sink.decode")
 HEADS = [(4, 2), (8, 8), (8, 1)]
-
-
-@pytest.fixture(autouse=True)
-def apart() -> Iterator[None]:
-    """A pool of its own, which no other test has made larger."""
-    before = dict(hal.workspace(CPU)._buffers)
-    hal.workspace(CPU)._buffers.clear()
-    yield
-    hal.workspace(CPU)._buffers.clear()
-    hal.workspace(CPU)._buffers.update(before)
-    pool._idle.clear()
 
 
 def made(name: str, arch: str, heads: tuple[int, int], **fields: Any) -> Any:
