@@ -166,7 +166,7 @@ def test_a_library_may_be_called_as_its_distribution_is(name: str, text: str) ->
 
 
 def test_a_library_of_other_ops_names_its_kin() -> None:  # requirement X1
-    with pytest.raises(UnknownKernelError, match="it serves .*Did you mean .*'flashinfer_fa3'.* of flashinfer-python"):
+    with pytest.raises(UnknownKernelError, match=r"it serves .*Did you mean .*'flashinfer_fa3'.* of flashinfer-python"):
         hal.get_attention(num_q_heads=4, num_kv_heads=2, head_dim=64, device="cpu", kernel="FLASHINFER")
 
 
